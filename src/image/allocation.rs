@@ -1,0 +1,288 @@
+//! The allocation map: which clusters live in the raw image.
+//!
+//! One bit per cluster in atomic words, so that readers and writers of allocated clusters take no
+//! lock. Bits go from 0 to 1 only (I3). Bits that are newer than the side file are remembered by
+//! bitmap page; a flush takes them with [`AllocationMap::freeze`], which is the point that divides
+//! its bits from those of the next flush (I4).
+//!
+//! Not here: who may set a bit when (`cluster_lock`, `write`), and writing pages (`flush`).
+
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use zerocopy::FromZeros;
+
+use crate::format::BitmapGeometry;
+
+/// Bits in a word.
+const WORD_BITS: u64 = 64;
+
+/// Words in a bitmap page.
+const PAGE_WORDS: u64 = BitmapGeometry::PAGE_LEN / 8;
+
+/// Which clusters are allocated.
+#[derive(Debug)]
+pub struct AllocationMap {
+    /// The bits; `None` when every cluster is allocated for good (ALL_ALLOCATED, or no side file).
+    bits: Option<Bits>,
+}
+
+/// The bits of an image that has unallocated clusters.
+#[derive(Debug)]
+struct Bits {
+    /// Clusters on the disk.
+    clusters: u64,
+    /// Bit `c % 64` of word `c / 64`; bits past the last cluster are 0.
+    allocated: Box<[AtomicU64]>,
+    /// One bit per bitmap page that has bits which the side file lacks.
+    dirty_pages: Box<[AtomicU64]>,
+}
+
+/// `count` zero words, not touched before they are used.
+fn zero_words(count: u64) -> Option<Box<[AtomicU64]>> {
+    <[AtomicU64]>::new_box_zeroed_with_elems(usize::try_from(count).ok()?).ok()
+}
+
+/// The place of bit `index`: word and mask.
+fn place(index: u64) -> (usize, u64) {
+    // A map this large was allocated, so its word indices fit.
+    (usize::try_from(index / WORD_BITS).unwrap_or(usize::MAX), 1 << (index % WORD_BITS))
+}
+
+/// The bits of `range` that lie in each word, as (word, mask).
+fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+    let mut start = range.start;
+    std::iter::from_fn(move || {
+        if start >= range.end {
+            return None;
+        }
+        let end = (start / WORD_BITS + 1).saturating_mul(WORD_BITS).min(range.end);
+        let mask = (u64::MAX >> (WORD_BITS - (end - start))) << (start % WORD_BITS);
+        let word = place(start).0;
+        start = end;
+        Some((word, mask))
+    })
+}
+
+impl AllocationMap {
+    /// The map of a disk whose every cluster is in the raw image.
+    #[must_use]
+    pub fn all() -> Self {
+        Self { bits: None }
+    }
+
+    /// The map of a disk with no cluster allocated, or `None` if there is no memory for it.
+    #[must_use]
+    pub fn empty(geometry: &BitmapGeometry) -> Option<Self> {
+        let clusters = geometry.clusters();
+        let bits = Bits {
+            clusters,
+            allocated: zero_words(clusters.div_ceil(WORD_BITS))?,
+            dirty_pages: zero_words(geometry.pages().div_ceil(WORD_BITS))?,
+        };
+        Some(Self { bits: Some(bits) })
+    }
+
+    /// Whether every cluster is allocated for good, so that there is no bitmap.
+    #[must_use]
+    pub fn is_all(&self) -> bool {
+        self.bits.is_none()
+    }
+
+    /// Sets bits as the side file has them: `bytes` from byte `start` of its bitmap, a multiple of
+    /// 8. Bits past the last cluster are ignored.
+    pub fn load(&mut self, start: u64, bytes: &[u8]) {
+        let Some(bits) = &mut self.bits else { return };
+        let first = usize::try_from(start / 8).unwrap_or(usize::MAX);
+        let words = bits.allocated.iter_mut().skip(first);
+        for (word, chunk) in words.zip(bytes.chunks(8)) {
+            let mut value = [0; 8];
+            value[..chunk.len()].copy_from_slice(chunk);
+            *word.get_mut() = u64::from_le_bytes(value);
+        }
+        if let Some(last) = bits.allocated.last_mut() {
+            let unused = bits.clusters.next_multiple_of(WORD_BITS) - bits.clusters;
+            *last.get_mut() &= u64::MAX >> unused;
+        }
+    }
+
+    /// Whether every cluster of `range` is allocated.
+    #[must_use]
+    pub fn is_allocated(&self, range: Range<u64>) -> bool {
+        let Some(bits) = &self.bits else { return true };
+        // Acquire pairs with `mark`: who sees the bit sees the data that was written before it.
+        masks(range).all(|(word, mask)| bits.allocated[word].load(Ordering::Acquire) & mask == mask)
+    }
+
+    /// How the cluster `range.start` stands, and where in `range` the next one begins that stands
+    /// otherwise (`range.end` if none does). `range` must not be empty.
+    #[must_use]
+    pub fn run(&self, range: Range<u64>) -> (bool, u64) {
+        let Some(bits) = &self.bits else { return (true, range.end) };
+        let allocated = self.is_allocated(range.start..range.start + 1);
+        for (word, mask) in masks(range.clone()) {
+            let value = bits.allocated[word].load(Ordering::Acquire);
+            let different = if allocated { !value & mask } else { value & mask };
+            if different != 0 {
+                let first = word as u64 * WORD_BITS + u64::from(different.trailing_zeros());
+                return (allocated, first);
+            }
+        }
+        (allocated, range.end)
+    }
+
+    /// Marks the clusters of `range` allocated. Their data must be in the raw image.
+    pub fn mark(&self, range: Range<u64>) {
+        let Some(bits) = &self.bits else { return };
+        for (word, mask) in masks(range) {
+            let before = bits.allocated[word].fetch_or(mask, Ordering::Release);
+            if before & mask != mask {
+                bits.mark_dirty(word as u64 / PAGE_WORDS);
+            }
+        }
+    }
+
+    /// How many clusters are allocated, or `None` when all are for good.
+    #[must_use]
+    pub fn count(&self) -> Option<u64> {
+        let bits = self.bits.as_ref()?;
+        Some(bits.allocated.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum())
+    }
+
+    /// Takes the bits that the side file lacks. What is marked from now on belongs to the next
+    /// call. Unless [`FrozenBits::persisted`] is called, they count as lacking again.
+    #[must_use]
+    pub fn freeze(&self) -> FrozenBits<'_> {
+        let mut pages = Vec::new();
+        let words = self.bits.iter().flat_map(|bits| bits.dirty_pages.iter());
+        for (index, word) in (0_u64..).zip(words) {
+            if word.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            // Acquire pairs with the Release in `mark_dirty`: a page that is dirty for a bit shows
+            // that bit to the copy which `FrozenBits::new` makes next.
+            let mut dirty = word.swap(0, Ordering::Acquire);
+            while dirty != 0 {
+                pages.push(index * WORD_BITS + u64::from(dirty.trailing_zeros()));
+                dirty &= dirty - 1;
+            }
+        }
+        FrozenBits::new(self.bits.as_ref(), pages)
+    }
+}
+
+impl Bits {
+    /// Remembers that a page has bits which the side file lacks.
+    fn mark_dirty(&self, page: u64) {
+        let (word, mask) = place(page);
+        self.dirty_pages[word].fetch_or(mask, Ordering::Release);
+    }
+
+    /// A page as it is now, in the side file's byte order.
+    fn page(&self, page: u64) -> Vec<u8> {
+        let first = usize::try_from(page * PAGE_WORDS).unwrap_or(usize::MAX);
+        let len = usize::try_from(PAGE_WORDS).unwrap_or(usize::MAX);
+        let words = self.allocated.iter().skip(first).take(len);
+        words.flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect()
+    }
+}
+
+/// Bitmap pages as they were at one moment, to be written to the side file.
+#[derive(Debug)]
+pub struct FrozenBits<'a> {
+    /// The map, to mark the pages dirty again if they do not reach the side file.
+    bits: Option<&'a Bits>,
+    /// Page number and content (which may lack trailing zeros), ascending.
+    pages: Vec<(u64, Vec<u8>)>,
+}
+
+impl<'a> FrozenBits<'a> {
+    /// Copies the pages with these numbers.
+    fn new(bits: Option<&'a Bits>, pages: Vec<u64>) -> Self {
+        let copy = |page| (page, bits.map(|bits| bits.page(page)).unwrap_or_default());
+        Self { bits, pages: pages.into_iter().map(copy).collect() }
+    }
+
+    /// The pages, ascending.
+    #[must_use]
+    pub fn pages(&self) -> &[(u64, Vec<u8>)] {
+        &self.pages
+    }
+
+    /// The side file has these bits, durably.
+    pub fn persisted(mut self) {
+        self.pages.clear();
+    }
+}
+
+impl Drop for FrozenBits<'_> {
+    fn drop(&mut self) {
+        for (page, _) in &self.pages {
+            self.bits.iter().for_each(|bits| bits.mark_dirty(*page));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::ClusterSize;
+
+    /// A map of `clusters` clusters of 4 KiB.
+    fn map(clusters: u64) -> AllocationMap {
+        let size = ClusterSize::from_bits(12).unwrap();
+        let geometry = BitmapGeometry::new(size, clusters * 4096).unwrap();
+        AllocationMap::empty(&geometry).unwrap()
+    }
+
+    #[test]
+    fn runs_end_where_the_bits_change() {
+        let map = map(1000);
+        map.mark(70..200);
+        assert_eq!(map.run(0..1000), (false, 70));
+        assert_eq!(map.run(70..1000), (true, 200));
+        assert_eq!(map.run(100..150), (true, 150));
+        assert_eq!(map.run(200..1000), (false, 1000));
+        assert!(map.is_allocated(70..200) && !map.is_allocated(69..71));
+        assert_eq!(map.count(), Some(130));
+    }
+
+    #[test]
+    fn bits_marked_after_the_freeze_belong_to_the_next() {
+        let map = map(100_000);
+        map.mark(5..6);
+        map.mark(99_999..100_000);
+        let frozen = map.freeze();
+        map.mark(6..7);
+        assert_eq!(frozen.pages().iter().map(|(page, _)| *page).collect::<Vec<_>>(), [0, 3]);
+        assert_eq!(frozen.pages()[0].1[0], 1 << 5);
+        frozen.persisted();
+        let next = map.freeze();
+        assert_eq!(next.pages().len(), 1);
+        assert_eq!(next.pages()[0].1[0], 3 << 5);
+    }
+
+    #[test]
+    fn bits_that_were_not_persisted_stay_dirty() {
+        let map = map(10);
+        map.mark(1..2);
+        drop(map.freeze());
+        assert_eq!(map.freeze().pages().len(), 1);
+    }
+
+    #[test]
+    fn marking_an_allocated_cluster_dirties_nothing() {
+        let map = map(10);
+        map.mark(1..2);
+        map.freeze().persisted();
+        map.mark(1..2);
+        assert!(map.freeze().pages().is_empty());
+    }
+
+    #[test]
+    fn loading_ignores_bits_past_the_end() {
+        let mut map = map(10);
+        map.load(0, &[0xff, 0xff]);
+        assert_eq!(map.count(), Some(10));
+    }
+}

@@ -1,0 +1,154 @@
+//! What can go wrong with an open image, and with opening one.
+
+use std::io;
+use std::path::PathBuf;
+
+use crate::format::FormatError;
+use crate::units::ByteRange;
+
+/// Which of an image's files an error is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileRole {
+    /// The raw image: the guest's own bytes.
+    Raw,
+    /// The side file: header and allocation bitmap.
+    Side,
+    /// The backing file.
+    Backing,
+}
+
+impl std::fmt::Display for FileRole {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw image",
+            Self::Side => "add-cow file",
+            Self::Backing => "backing file",
+        })
+    }
+}
+
+/// Why a request on an open image failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The range does not lie on the disk. Nothing was done.
+    #[error("range {range:?} lies outside the disk of {size} bytes")]
+    OutOfRange {
+        /// The bytes asked for; empty at the offset when its end does not fit in 64 bits.
+        range: ByteRange,
+        /// The virtual size in bytes.
+        size: u64,
+    },
+    /// The image is open for reading only. Nothing was done.
+    #[error("image is open read-only")]
+    ReadOnly,
+    /// An earlier sync failed: nothing can be promised any more until the image is opened again
+    /// (I6). Nothing was done.
+    #[error("an earlier sync of the image failed; it must be reopened")]
+    Failed,
+    /// The host failed. A write may have been done in part, but no cluster has become visible that
+    /// was not whole.
+    #[error("cannot {action} {role} at {range:?}")]
+    Io {
+        /// What we were doing.
+        action: &'static str,
+        /// To which file.
+        role: FileRole,
+        /// Where, in bytes of that file.
+        range: ByteRange,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+impl ImageError {
+    /// Makes an [`ImageError::Io`] of what the host said.
+    pub(super) fn io(
+        action: &'static str,
+        role: FileRole,
+        range: ByteRange,
+    ) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Io { action, role, range, source }
+    }
+}
+
+/// Why an image could not be opened or created. Every message names the file.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The host refused.
+    #[error("cannot {action} {role} '{}'", path.display())]
+    Io {
+        /// What we were doing.
+        action: &'static str,
+        /// Which file, in which role.
+        role: FileRole,
+        /// Its name as it was looked up.
+        path: PathBuf,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The add-cow file is not a valid one.
+    #[error("'{}' is not a usable add-cow file", path.display())]
+    Format {
+        /// The add-cow file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: FormatError,
+    },
+    /// The add-cow file ends before its bitmap does.
+    #[error("'{}' is truncated: {found} bytes, {needed} needed for its header and bitmap", path.display())]
+    Truncated {
+        /// The add-cow file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+        /// The least length in bytes.
+        needed: u64,
+    },
+    /// A file is in a format that we cannot use in this role.
+    #[error("{role} '{}' has unsupported format '{format}' (supported: raw)", path.display())]
+    UnsupportedFormat {
+        /// Which file.
+        role: FileRole,
+        /// Its name.
+        path: PathBuf,
+        /// The format that was named.
+        format: String,
+    },
+    /// Two files that must differ are one, perhaps under two names.
+    #[error("{first} '{}' and {second} '{}' are the same file", first_path.display(), second_path.display())]
+    SameFile {
+        /// One role.
+        first: FileRole,
+        /// Its name.
+        first_path: PathBuf,
+        /// The other role.
+        second: FileRole,
+        /// Its name.
+        second_path: PathBuf,
+    },
+    /// The raw image holds no sector.
+    #[error("raw image '{}' is empty: the disk would have no sector", path.display())]
+    EmptyImage {
+        /// The raw image.
+        path: PathBuf,
+    },
+    /// The size asked for is not one a disk can have.
+    #[error("invalid size {size}: {problem}")]
+    InvalidSize {
+        /// In bytes.
+        size: u64,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// A file is there already.
+    #[error("{role} '{}' exists already", path.display())]
+    Exists {
+        /// In which role.
+        role: FileRole,
+        /// Its name.
+        path: PathBuf,
+    },
+    /// An option was given that cannot be.
+    #[error("{0}")]
+    InvalidOption(String),
+}

@@ -1,0 +1,198 @@
+//! The copy-on-write core: a disk made of a raw image, an add-cow file and a backing file.
+//!
+//! ```text
+//!   read                       write                        flush
+//!    | resolve (extent)         | lock clusters (I5)         | freeze the new bits
+//!    |  Data    -> raw image    | fill what is not covered   | sync the raw image
+//!    |  Backing -> backing file | write data to raw image    | write the bits
+//!    |  Zero    -> zeros        | mark the clusters          | sync the add-cow file
+//! ```
+//!
+//! Knows nothing of virtio, sockets or command lines. Runs on any [`Storage`]: an [`ImageState`] is
+//! shared by all threads, an [`Image`] is one thread's handle on it with that thread's storages.
+//!
+//! # Invariants
+//!
+//! * **I1** A bit that is 1 on stable storage means that the raw image durably holds the whole
+//!   cluster.
+//! * **I2** The raw image's bytes of an unallocated cluster mean nothing and are never shown.
+//! * **I3** While an image is open for a guest, bits go from 0 to 1 only. So any subset of a torn
+//!   write of bitmap pages is valid.
+//! * **I4** FLUSH: freeze the set of new bits; sync the raw image; write those bits; sync the
+//!   add-cow file; answer. Bits that appear meanwhile belong to the next flush. Concurrent flushes
+//!   share one pass. No new bits: one sync and no metadata write.
+//! * **I5** Two requests never allocate the same cluster at once. Guest data always wins over
+//!   copied data.
+//! * **I6** A failed sync is final for this open image.
+//! * **I7** New bits outlive the process without reaching the add-cow file early. (Not built yet:
+//!   see the status table in the README.)
+//! * **I8** No byte from a guest, a front end or an image file can cause a panic, a hang, or
+//!   unbounded memory.
+//!
+//! # States of an open image
+//!
+//! ```text
+//!   Open --sync fails--> Failed: reads go on, everything else is refused until it is reopened
+//! ```
+
+pub mod allocation;
+pub mod check;
+pub mod cluster_lock;
+pub mod create;
+pub mod error;
+pub mod extent;
+pub mod flush;
+pub mod load;
+pub mod open;
+mod read;
+mod write;
+mod zero;
+
+use std::sync::Arc;
+
+use crate::format::BitmapGeometry;
+use crate::storage::Storage;
+use crate::units::{ByteRange, ClusterSize, SECTOR_SIZE};
+use allocation::AllocationMap;
+use cluster_lock::ClusterLocks;
+pub use error::{FileRole, ImageError, OpenError};
+use flush::FlushBarrier;
+
+/// What all threads share of an open image.
+#[derive(Debug)]
+pub struct ImageState {
+    /// The guest-visible size in bytes, a multiple of 512.
+    virtual_size: u64,
+    /// Size of a cluster.
+    cluster_size: ClusterSize,
+    /// Where the bitmap lies in the side file; `None` without a side file.
+    geometry: Option<BitmapGeometry>,
+    /// Length of the backing file in bytes; 0 without one. It may be any number.
+    backing_len: u64,
+    /// Whether the image may be changed.
+    writable: bool,
+    /// Which clusters are in the raw image.
+    allocation: AllocationMap,
+    /// Who allocates which clusters now.
+    locks: ClusterLocks,
+    /// Flushes, one at a time.
+    barrier: FlushBarrier,
+}
+
+impl ImageState {
+    /// The state of an add-cow disk.
+    #[must_use]
+    pub fn add_cow(
+        geometry: BitmapGeometry,
+        allocation: AllocationMap,
+        backing_len: u64,
+        writable: bool,
+    ) -> Self {
+        Self {
+            virtual_size: geometry.virtual_size(),
+            cluster_size: geometry.cluster_size(),
+            geometry: Some(geometry),
+            backing_len,
+            writable,
+            allocation,
+            locks: ClusterLocks::default(),
+            barrier: FlushBarrier::default(),
+        }
+    }
+
+    /// The state of a plain raw image of `len` bytes: every cluster allocated, no side file.
+    #[must_use]
+    pub fn raw(len: u64, writable: bool) -> Self {
+        Self {
+            virtual_size: len - len % SECTOR_SIZE,
+            // Only the granularity of discards: the block size of common file systems.
+            cluster_size: ClusterSize::from_bits(12).expect("4 KiB is in range"),
+            geometry: None,
+            backing_len: 0,
+            writable,
+            allocation: AllocationMap::all(),
+            locks: ClusterLocks::default(),
+            barrier: FlushBarrier::default(),
+        }
+    }
+
+    /// The guest-visible size in bytes, a multiple of 512.
+    #[must_use]
+    pub fn virtual_size(&self) -> u64 {
+        self.virtual_size
+    }
+
+    /// Size of a cluster; for a plain raw image the granularity of discards.
+    #[must_use]
+    pub fn cluster_size(&self) -> ClusterSize {
+        self.cluster_size
+    }
+
+    /// Whether the image may be changed.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// Which clusters are in the raw image.
+    #[must_use]
+    pub fn allocation(&self) -> &AllocationMap {
+        &self.allocation
+    }
+
+    /// The bytes of the clusters `range`, cut at the end of the disk.
+    fn bytes_of(&self, clusters: &std::ops::Range<u64>) -> ByteRange {
+        let end = self.cluster_size.start_of(clusters.end).min(self.virtual_size);
+        ByteRange::between(self.cluster_size.start_of(clusters.start), end)
+    }
+
+    /// The range of `len` bytes at `offset`, if it lies on the disk.
+    fn check_range(&self, offset: u64, len: u64) -> Result<ByteRange, ImageError> {
+        let out = |range| ImageError::OutOfRange { range, size: self.virtual_size };
+        match ByteRange::new(offset, len) {
+            Some(range) if range.end() <= self.virtual_size => Ok(range),
+            Some(range) => Err(out(range)),
+            None => Err(out(ByteRange::between(offset, offset))),
+        }
+    }
+
+    /// Whether the image takes changes: writable, and no sync has failed.
+    fn check_writable(&self) -> Result<(), ImageError> {
+        if !self.writable {
+            return Err(ImageError::ReadOnly);
+        }
+        self.barrier.check()
+    }
+}
+
+/// One thread's handle on an open image.
+///
+/// The five verbs, [`Image::read`], [`Image::write`], [`Image::write_zeroes`], [`Image::discard`]
+/// and [`Image::flush`], take `&self` and may run concurrently, also against handles of other
+/// threads. None of them is cancel safe: a future must be driven to its end, or the cluster locks
+/// would go while the host still writes. Whoever drives them drains before it stops.
+#[derive(Debug)]
+pub struct Image<S> {
+    /// What all threads share.
+    state: Arc<ImageState>,
+    /// The raw image.
+    raw: S,
+    /// The side file; `None` for a plain raw image.
+    side: Option<S>,
+    /// The backing file, if there is one and it is needed.
+    backing: Option<S>,
+}
+
+impl<S: Storage> Image<S> {
+    /// A handle on `state` with this thread's storages.
+    #[must_use]
+    pub fn new(state: Arc<ImageState>, raw: S, side: Option<S>, backing: Option<S>) -> Self {
+        Self { state, raw, side, backing }
+    }
+
+    /// What all threads share.
+    #[must_use]
+    pub fn state(&self) -> &Arc<ImageState> {
+        &self.state
+    }
+}

@@ -1,0 +1,68 @@
+//! Reading: resolve, then fetch each extent.
+
+use std::cell::Cell;
+
+use futures_util::StreamExt;
+use futures_util::stream;
+
+use super::extent::{Extent, ExtentKind};
+use super::{FileRole, Image, ImageError};
+use crate::storage::{IoBuffer, Storage, transfer};
+
+/// How many extents of one request are fetched at the same time: enough to keep a disk busy, few
+/// enough that a fragmented request does not fill the ring.
+const PARALLEL_EXTENTS: usize = 16;
+
+impl<S: Storage> Image<S> {
+    /// Reads `data.len()` bytes from byte `offset` of the disk.
+    ///
+    /// # Errors
+    /// `OutOfRange` before anything is read; `Io` if the host failed, the buffer's content is then
+    /// unspecified.
+    ///
+    /// # Cancel safety
+    /// None, see [`Image`].
+    pub async fn read(&self, offset: u64, data: IoBuffer) -> Result<(), ImageError> {
+        let range = self.state.check_range(offset, data.len() as u64)?;
+        let mut extents = self.state.extents(range);
+        let Some(first) = extents.next() else { return Ok(()) };
+        if first.range == range {
+            return self.read_extent(first, data).await;
+        }
+        // A request answered with an error must leave no I/O behind that still writes into its
+        // buffer, so all pieces are driven to their end, whatever becomes of one of them.
+        let failure = Cell::new(None);
+        Box::pin(stream::iter(std::iter::once(first).chain(extents)).for_each_concurrent(
+            PARALLEL_EXTENTS,
+            |extent| {
+                let start = usize::try_from(extent.range.start() - offset).unwrap_or(usize::MAX);
+                let len = usize::try_from(extent.range.len()).unwrap_or(usize::MAX);
+                let piece = data.slice(start, len);
+                let failure = &failure;
+                async move {
+                    if let Err(error) = self.read_extent(extent, piece).await {
+                        failure.set(Some(error));
+                    }
+                }
+            },
+        ))
+        .await;
+        failure.into_inner().map_or(Ok(()), Err)
+    }
+
+    /// Reads one extent.
+    async fn read_extent(&self, extent: Extent, data: IoBuffer) -> Result<(), ImageError> {
+        let (storage, role) = match extent.kind {
+            ExtentKind::Data => (Some(&self.raw), FileRole::Raw),
+            ExtentKind::Backing => (self.backing.as_ref(), FileRole::Backing),
+            ExtentKind::Zero => (None, FileRole::Backing),
+        };
+        let Some(storage) = storage else {
+            data.fill_zero();
+            return Ok(());
+        };
+        transfer::read_or_zero(storage, extent.range.start(), data)
+            .await
+            .map_err(ImageError::io("read", role, extent.range))
+    }
+}

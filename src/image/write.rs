@@ -1,0 +1,93 @@
+//! Writing: lock clusters, fill what the request does not cover, write the data, mark.
+
+use std::ops::Range;
+
+use super::cluster_lock::ClusterLocks;
+use super::{FileRole, Image, ImageError};
+use crate::storage::{IoBuffer, Storage, transfer};
+use crate::units::ByteRange;
+
+/// The most clusters that one step locks: half the table, so that two large requests on different
+/// parts of the disk need not wait for each other.
+pub(super) const MAX_LOCKED: u64 = ClusterLocks::CLUSTERS / 2;
+
+impl<S: Storage> Image<S> {
+    /// Writes `data` at byte `offset` of the disk.
+    ///
+    /// Clusters that are still unallocated are made whole: what the request does not cover comes
+    /// from the backing file and goes to the raw image in the same write. Their bits are set in
+    /// memory only after the raw image has taken the data, and reach the side file at the next
+    /// flush (I1).
+    ///
+    /// # Errors
+    /// `OutOfRange`, `ReadOnly`, `Failed` before a byte is written. `Io`: allocated clusters may
+    /// hold any mix of old and new data; none has become visible that was not allocated before.
+    ///
+    /// # Cancel safety
+    /// None, see [`Image`].
+    pub async fn write(&self, offset: u64, data: IoBuffer) -> Result<(), ImageError> {
+        self.state.check_writable()?;
+        let range = self.state.check_range(offset, data.len() as u64)?;
+        let clusters = self.state.cluster_size.touched(range);
+        if self.state.allocation.is_allocated(clusters) {
+            return self.write_raw(range, data).await;
+        }
+        let mut rest = range;
+        while !rest.is_empty() {
+            let first = self.state.cluster_size.index(rest.start());
+            let end = self.state.cluster_size.start_of(first + MAX_LOCKED).min(rest.end());
+            let piece = ByteRange::between(rest.start(), end);
+            let start = usize::try_from(piece.start() - offset).unwrap_or(usize::MAX);
+            let len = usize::try_from(piece.len()).unwrap_or(usize::MAX);
+            self.write_allocating(piece, data.slice(start, len)).await?;
+            rest = ByteRange::between(end, rest.end());
+        }
+        Ok(())
+    }
+
+    /// Writes a piece of at most [`MAX_LOCKED`] clusters, some of which may be unallocated.
+    async fn write_allocating(&self, range: ByteRange, data: IoBuffer) -> Result<(), ImageError> {
+        let clusters = self.state.cluster_size.touched(range);
+        let _guard = self.state.locks.lock(clusters.clone()).await;
+        let covered = self.state.bytes_of(&clusters);
+        let head = ByteRange::between(covered.start(), range.start());
+        let tail = ByteRange::between(range.end(), covered.end());
+        let head = self.fill(clusters.start, head).await?;
+        let tail = self.fill(clusters.end - 1, tail).await?;
+        let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
+        let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
+        let whole = if parts.len() == 1 { parts[0].clone() } else { IoBuffer::concat(&parts) };
+        let written = ByteRange::between(start, start + whole.len() as u64);
+        self.write_raw(written, whole).await?;
+        self.mark_written(clusters);
+        Ok(())
+    }
+
+    /// Marks clusters whose data the raw image has.
+    pub(super) fn mark_written(&self, clusters: Range<u64>) {
+        self.state.allocation.mark(clusters);
+    }
+
+    /// What the disk shows at `range`, a part of `cluster` that a write leaves out; `None` if there
+    /// is nothing to fill. The cluster is locked, so what it finds stays true.
+    async fn fill(&self, cluster: u64, range: ByteRange) -> Result<Option<IoBuffer>, ImageError> {
+        if range.is_empty() || self.state.allocation.is_allocated(cluster..cluster + 1) {
+            return Ok(None);
+        }
+        // At most one cluster: 2 MiB.
+        let fill = IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX));
+        self.read(range.start(), fill.clone()).await?;
+        Ok(Some(fill))
+    }
+
+    /// Writes to the raw image.
+    pub(super) async fn write_raw(
+        &self,
+        range: ByteRange,
+        data: IoBuffer,
+    ) -> Result<(), ImageError> {
+        transfer::write_all(&self.raw, range.start(), data)
+            .await
+            .map_err(ImageError::io("write", FileRole::Raw, range))
+    }
+}

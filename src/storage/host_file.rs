@@ -1,0 +1,211 @@
+//! Opening host files: which kinds are allowed, how they are cached, who they are.
+//!
+//! A [`HostFile`] is a regular file or a block device, opened without ever blocking on a FIFO or a
+//! terminal, with direct I/O where it was asked for and the file allows it. Its identity is
+//! (device, inode), so that two names of one file are seen to be one.
+//!
+//! Not here: what the file means (`image::open`).
+
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, open, seek, statx};
+
+use super::Alignment;
+use crate::units::{ByteRange, SECTOR_SIZE};
+
+/// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
+const TMPFS_MAGIC: u64 = 0x0102_1994;
+
+/// How a file is opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading only.
+    ReadOnly,
+    /// Reading and writing.
+    ReadWrite,
+}
+
+/// Which cache a file's data goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CacheMode {
+    /// Past the host's page cache (`O_DIRECT`) where the file can; buffered where it cannot.
+    Direct,
+    /// Through the host's page cache.
+    Buffered,
+}
+
+/// What makes two open files the same file, whatever their names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    /// Device that holds the inode; for a block device the device itself.
+    device: u64,
+    /// Inode number; 0 for a block device, which several nodes may name.
+    inode: u64,
+}
+
+/// An open regular file or block device.
+#[derive(Debug)]
+pub struct HostFile {
+    /// The file.
+    file: File,
+    /// The name under which it was opened, for messages.
+    path: PathBuf,
+    /// Who it is.
+    identity: FileIdentity,
+    /// What transfers must keep to.
+    alignment: Alignment,
+}
+
+impl HostFile {
+    /// Opens `path`.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is neither a regular file nor a block device; else what the host said.
+    pub fn open(path: &Path, access: Access, cache: CacheMode) -> io::Result<Self> {
+        let mode = match access {
+            Access::ReadOnly => OFlags::RDONLY,
+            Access::ReadWrite => OFlags::RDWR,
+        };
+        // O_NONBLOCK: opening a FIFO must not wait for its other end. O_NOCTTY: nor may a
+        // terminal become ours.
+        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        Self::from_file(File::from(open(path, flags, Mode::empty())?), path, cache)
+    }
+
+    /// Takes an open file that was opened as `path`. Its open flags are changed to suit `cache`.
+    ///
+    /// # Errors
+    /// As [`HostFile::open`].
+    pub fn from_file(file: File, path: &Path, cache: CacheMode) -> io::Result<Self> {
+        let stat = fstat(&file)?;
+        let identity = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => FileIdentity { device: stat.st_dev, inode: stat.st_ino },
+            FileType::BlockDevice => FileIdentity { device: stat.st_rdev, inode: 0 },
+            other => return Err(io::Error::new(io::ErrorKind::InvalidInput, wrong_type(other))),
+        };
+        let alignment = set_flags(&file, cache)?;
+        Ok(Self { file, path: path.to_owned(), identity, alignment })
+    }
+
+    /// The open file.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The name under which it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Who the file is.
+    #[must_use]
+    pub fn identity(&self) -> FileIdentity {
+        self.identity
+    }
+
+    /// The alignment that transfers must keep.
+    #[must_use]
+    pub fn alignment(&self) -> Alignment {
+        self.alignment
+    }
+
+    /// Length in bytes, also of a block device.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn len(&self) -> io::Result<u64> {
+        Ok(seek(&self.file, SeekFrom::End(0))?)
+    }
+
+    /// Whether the file has no byte.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Bytes that the file takes on its file system.
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn allocated_len(&self) -> io::Result<u64> {
+        // stat(2): st_blocks counts 512-byte units whatever the file system's block size.
+        let blocks = u64::try_from(fstat(&self.file)?.st_blocks).unwrap_or(0);
+        Ok(blocks.saturating_mul(512))
+    }
+
+    /// The first data range at or after `offset` (lseek(2), `SEEK_DATA`).
+    ///
+    /// # Errors
+    /// What the host said.
+    pub fn next_data(&self, offset: u64) -> io::Result<Option<ByteRange>> {
+        let start = match seek(&self.file, SeekFrom::Data(offset)) {
+            Ok(start) => start,
+            Err(rustix::io::Errno::NXIO) => return Ok(None),
+            // Block devices do not know holes: all of it is data.
+            Err(rustix::io::Errno::INVAL) => {
+                let len = self.len()?;
+                return Ok((offset < len).then(|| ByteRange::between(offset, len)));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        Ok(Some(ByteRange::between(start, seek(&self.file, SeekFrom::Hole(start))?)))
+    }
+}
+
+/// Sets O_DIRECT and O_NONBLOCK as suits the file; returns the alignment that follows.
+fn set_flags(file: &File, cache: CacheMode) -> io::Result<Alignment> {
+    let mut flags = fcntl_getfl(file)? - OFlags::DIRECT - OFlags::NONBLOCK;
+    #[allow(clippy::unnecessary_cast, reason = "the type of f_type differs by architecture")]
+    if fstatfs(file)?.f_type as u64 == TMPFS_MAGIC {
+        // tmpfs is memory: there is no cache to pass, and no file on it ever blocks for long.
+        // Without O_NONBLOCK io_uring would hand each of its requests to a worker thread, because
+        // tmpfs lacks FMODE_NOWAIT.
+        fcntl_setfl(file, flags | OFlags::NONBLOCK)?;
+        return Ok(Alignment::NONE);
+    }
+    let mut alignment = Alignment::NONE;
+    if cache == CacheMode::Direct
+        && let Some(direct) = direct_alignment(file)?
+        && fcntl_setfl(file, flags | OFlags::DIRECT).is_ok()
+    {
+        flags |= OFlags::DIRECT;
+        alignment = direct;
+    }
+    fcntl_setfl(file, flags)?;
+    Ok(alignment)
+}
+
+/// What direct I/O on `file` asks for, or `None` where it is not possible, not described, or would
+/// need blocks larger than a sector: a guest may write single sectors, and joining them into larger
+/// blocks is the page cache's job.
+fn direct_alignment(file: &File) -> io::Result<Option<Alignment>> {
+    let stat = match statx(file, c"", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN) {
+        Ok(stat) => stat,
+        Err(rustix::io::Errno::NOSYS) => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
+    let offset = u64::from(stat.stx_dio_offset_align);
+    let memory = usize::try_from(stat.stx_dio_mem_align).unwrap_or(usize::MAX);
+    let described = stat.stx_mask & StatxFlags::DIOALIGN.bits() != 0 && offset > 0 && memory > 0;
+    let usable = described && offset <= SECTOR_SIZE && memory <= super::buffer::PAGE_SIZE;
+    // Buffers of ours are page aligned and sector lengths are multiples of 512, so both hold.
+    Ok(usable.then_some(Alignment { memory, offset }))
+}
+
+/// The message for a file of the wrong type.
+fn wrong_type(found: FileType) -> &'static str {
+    match found {
+        FileType::Directory => "is a directory, not a regular file or block device",
+        FileType::Fifo => "is a FIFO, not a regular file or block device",
+        FileType::Socket => "is a socket, not a regular file or block device",
+        FileType::CharacterDevice => "is a character device, not a regular file or block device",
+        _ => "is not a regular file or block device",
+    }
+}

@@ -1,0 +1,449 @@
+//! io_uring storage: what the daemon's queues run on.
+//!
+//! A [`Ring`] belongs to one thread. Operations are futures: submitting one fills a slot of the
+//! in-flight table with everything the kernel may touch (buffer, segment list, file), and the slot
+//! is emptied only when the completion has been taken. A future that is dropped early leaves its
+//! slot to the kernel; dropping the ring waits for all of them. That is the invariant behind every
+//! `unsafe` in this file.
+//!
+//! Besides operations the ring watches file descriptors (a kick, a wake-up) without reading them:
+//! a multishot poll reports every *write* to an eventfd, so the counter may stay as it is.
+//!
+//! Not here: when to submit and when to sleep (`vhost_user::queue`).
+#![expect(unsafe_code, reason = "pushing submission queue entries that name memory and files")]
+
+use std::cell::RefCell;
+use std::future::Future;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+
+use super::file::fallocate_flags;
+use super::host_file::HostFile;
+use super::{Alignment, IoBuffer, Storage, ZeroMode};
+use crate::units::ByteRange;
+
+/// Entries of the submission queue: the most operations that one system call submits. A fuller
+/// queue is submitted early; the completion queue is twice as large, and the kernel keeps what
+/// does not fit (IORING_FEAT_NODROP), so this bounds a batch and nothing else.
+const RING_ENTRIES: u32 = 256;
+
+/// Marks the user data of a watched descriptor; the low bits are its token.
+const WATCH_BIT: u64 = 1 << 63;
+
+/// The most bytes of one transfer: the kernel's limit MAX_RW_COUNT, 2 GiB less a page, rounded
+/// down to whole MiB. What is left over is a short transfer, and the caller goes on.
+const MAX_TRANSFER: usize = (2 << 30) - (1 << 20);
+
+/// What the kernel may touch until the operation has completed.
+#[derive(Default)]
+struct InFlight {
+    /// Keeps the memory of the transfer alive.
+    buffer: Option<IoBuffer>,
+    /// Keeps the file open.
+    file: Option<Arc<HostFile>>,
+    /// The segment list of a vectored transfer. Kept across uses, so that it is allocated once.
+    iovecs: Vec<libc::iovec>,
+    /// What has happened so far.
+    state: OpState,
+}
+
+/// The life of a slot of the in-flight table.
+#[derive(Default)]
+enum OpState {
+    /// Nobody uses the slot.
+    #[default]
+    Free,
+    /// The kernel has the operation; `waker` is told when it completes. `None`: nobody waits.
+    Submitted(Option<Waker>),
+    /// The future is gone, the kernel still works; nobody will ask for the result.
+    Abandoned,
+    /// Completed with this result; the future has not seen it yet.
+    Done(i32),
+}
+
+/// A watched descriptor.
+struct Watch {
+    /// The descriptor, kept open while the kernel polls it.
+    fd: Arc<OwnedFd>,
+    /// What [`Ring::reap`] reports when it becomes ready.
+    token: u32,
+}
+
+/// The ring and its tables.
+struct Inner {
+    /// The kernel interface.
+    uring: IoUring,
+    /// Slots of operations, addressed by user data.
+    slots: Vec<InFlight>,
+    /// Indices of the free slots.
+    free: Vec<usize>,
+    /// Operations that the kernel has, abandoned ones included.
+    in_flight: usize,
+    /// Watched descriptors.
+    watches: Vec<Watch>,
+}
+
+/// An io_uring instance of one thread.
+pub struct Ring {
+    /// Everything; never borrowed across a call of anything foreign.
+    inner: RefCell<Inner>,
+}
+
+impl std::fmt::Debug for Ring {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ring").field("in_flight", &self.in_flight()).finish_non_exhaustive()
+    }
+}
+
+impl Ring {
+    /// Creates a ring for the calling thread.
+    ///
+    /// # Errors
+    /// What io_uring_setup(2) said.
+    pub fn new() -> io::Result<Rc<Self>> {
+        // Completions are worked off when this thread asks for them, not by interrupting it;
+        // kernels before 6.1 do not know how (EINVAL) and get a plain ring.
+        let uring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_coop_taskrun()
+            .setup_taskrun_flag()
+            .setup_defer_taskrun()
+            .build(RING_ENTRIES)
+            .or_else(|error| match error.raw_os_error() {
+                Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
+                _ => Err(error),
+            })?;
+        let inner =
+            Inner { uring, slots: Vec::new(), free: Vec::new(), in_flight: 0, watches: Vec::new() };
+        Ok(Rc::new(Self { inner: RefCell::new(inner) }))
+    }
+
+    /// Storage on `file` whose I/O goes through this ring.
+    #[must_use]
+    pub fn storage(self: &Rc<Self>, file: Arc<HostFile>) -> UringStorage {
+        UringStorage { ring: Rc::clone(self), file }
+    }
+
+    /// Reports `token` from [`Ring::reap`] whenever somebody writes to the eventfd `fd`, and once
+    /// at the start if it is readable already. `fd` is never read.
+    ///
+    /// # Errors
+    /// What io_uring_enter(2) said.
+    pub fn watch(&self, fd: Arc<OwnedFd>, token: u32) -> io::Result<()> {
+        let mut inner = self.inner.borrow_mut();
+        inner.watches.push(Watch { fd, token });
+        let index = inner.watches.len() - 1;
+        inner.arm_watch(index)
+    }
+
+    /// Operations that the kernel has not completed.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.inner.borrow().in_flight
+    }
+
+    /// Hands over what is queued, without waiting.
+    ///
+    /// # Errors
+    /// What io_uring_enter(2) said; nothing is lost, and it may be called again.
+    pub fn submit(&self) -> io::Result<()> {
+        retry_interrupted(|| self.inner.borrow().uring.submit())
+    }
+
+    /// Hands over what is queued and sleeps until something has completed or a watched descriptor
+    /// was written to.
+    ///
+    /// # Errors
+    /// As [`Ring::submit`].
+    pub fn submit_and_wait(&self) -> io::Result<()> {
+        retry_interrupted(|| self.inner.borrow().uring.submit_and_wait(1))
+    }
+
+    /// Takes all completions: wakes the futures of operations, calls `ready` with the token of
+    /// every watched descriptor that was written to. Returns how many there were.
+    pub fn reap(&self, mut ready: impl FnMut(u32)) -> usize {
+        let mut taken = 0;
+        while let Some(event) = self.next_event() {
+            taken += 1;
+            match event {
+                Event::Watch(token) => ready(token),
+                Event::Operation(Some(waker)) => waker.wake(),
+                Event::Operation(None) => {}
+            }
+        }
+        taken
+    }
+
+    /// Takes one completion and settles its slot.
+    fn next_event(&self) -> Option<Event> {
+        let mut inner = self.inner.borrow_mut();
+        let completion = inner.uring.completion().next()?;
+        if completion.user_data() & WATCH_BIT != 0 {
+            return Some(inner.watch_fired(&completion));
+        }
+        let index = usize::try_from(completion.user_data()).ok()?;
+        inner.in_flight -= 1;
+        let slot = inner.slots.get_mut(index)?;
+        slot.buffer = None;
+        slot.file = None;
+        let waker = match std::mem::replace(&mut slot.state, OpState::Done(completion.result())) {
+            OpState::Submitted(waker) => waker,
+            OpState::Abandoned => {
+                inner.release(index);
+                None
+            }
+            OpState::Free | OpState::Done(_) => unreachable!("completed twice"),
+        };
+        Some(Event::Operation(waker))
+    }
+
+    /// Queues the operation that `build` makes of the slot's segment list.
+    ///
+    /// `build` must name only memory of `buffer`, of the list and of `file`.
+    fn start(
+        self: &Rc<Self>,
+        file: &Arc<HostFile>,
+        buffer: Option<IoBuffer>,
+        build: impl FnOnce(types::Fd, &[libc::iovec]) -> squeue::Entry,
+    ) -> io::Result<Operation> {
+        let mut inner = self.inner.borrow_mut();
+        let index = inner.acquire();
+        let slot = &mut inner.slots[index];
+        slot.iovecs.clear();
+        if let Some(buffer) = &buffer {
+            buffer.iovecs(&mut slot.iovecs);
+        }
+        slot.buffer = buffer;
+        slot.file = Some(Arc::clone(file));
+        slot.state = OpState::Submitted(None);
+        let entry = build(types::Fd(file.file().as_raw_fd()), &slot.iovecs);
+        let pushed = inner.push(&entry.user_data(index as u64));
+        if let Err(error) = pushed {
+            inner.release(index);
+            return Err(error);
+        }
+        inner.in_flight += 1;
+        Ok(Operation { ring: Rc::clone(self), index: Some(index) })
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        // The kernel may still write into buffers that our slots keep alive.
+        while self.in_flight() > 0 {
+            if let Err(error) = self.submit_and_wait() {
+                log::error!("io_uring: cannot wait for operations in flight: {error}");
+                break;
+            }
+            self.reap(|_| {});
+        }
+    }
+}
+
+/// One completion, settled.
+enum Event {
+    /// A watched descriptor with this token became ready.
+    Watch(u32),
+    /// An operation completed; its future waits with this waker.
+    Operation(Option<Waker>),
+}
+
+impl Inner {
+    /// A free slot, a new one if need be.
+    fn acquire(&mut self) -> usize {
+        self.free.pop().unwrap_or_else(|| {
+            self.slots.push(InFlight::default());
+            self.slots.len() - 1
+        })
+    }
+
+    /// Gives a slot back; its segment list keeps its memory for the next one.
+    fn release(&mut self, index: usize) {
+        let slot = &mut self.slots[index];
+        slot.buffer = None;
+        slot.file = None;
+        slot.state = OpState::Free;
+        self.free.push(index);
+    }
+
+    /// Queues an entry, submitting first if the queue is full.
+    fn push(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        if self.uring.submission().is_full() {
+            retry_interrupted(|| self.uring.submit())?;
+        }
+        // SAFETY: the entry names memory and files that its slot (or its watch) keeps alive until
+        // the completion is taken, and the ring is dropped only after that.
+        let pushed = unsafe { self.uring.submission().push(entry) };
+        pushed.map_err(|_| io::Error::from(io::ErrorKind::WouldBlock))
+    }
+
+    /// Starts (or restarts) the multishot poll of a watched descriptor.
+    fn arm_watch(&mut self, index: usize) -> io::Result<()> {
+        let fd = types::Fd(self.watches[index].fd.as_raw_fd());
+        let events = u32::from(libc::POLLIN.unsigned_abs());
+        let entry = opcode::PollAdd::new(fd, events).multi(true).build();
+        self.push(&entry.user_data(WATCH_BIT | index as u64))
+    }
+
+    /// Handles the completion of a poll: reports the token, arms it again if the kernel let go.
+    fn watch_fired(&mut self, completion: &cqueue::Entry) -> Event {
+        let index = usize::try_from(completion.user_data() & !WATCH_BIT).unwrap_or(usize::MAX);
+        let token = self.watches[index].token;
+        if completion.result() < 0 {
+            let error = io::Error::from_raw_os_error(-completion.result());
+            log::error!("io_uring: cannot watch a file descriptor: {error}");
+        } else if !cqueue::more(completion.flags())
+            && let Err(error) = self.arm_watch(index)
+        {
+            log::error!("io_uring: cannot watch a file descriptor again: {error}");
+        }
+        Event::Watch(token)
+    }
+}
+
+/// Calls `call` until it is not interrupted. A busy completion queue (EBUSY, EAGAIN) is not an
+/// error either: the caller reaps and comes back.
+fn retry_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<()> {
+    loop {
+        match call() {
+            Ok(_) => return Ok(()),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::EINTR) => {}
+                Some(libc::EBUSY | libc::EAGAIN) => return Ok(()),
+                _ => return Err(error),
+            },
+        }
+    }
+}
+
+/// An operation in flight.
+struct Operation {
+    /// The ring that has it.
+    ring: Rc<Ring>,
+    /// Its slot; `None` once the result was handed out.
+    index: Option<usize>,
+}
+
+impl Future for Operation {
+    type Output = io::Result<u32>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let index = self.index.expect("polled after completion");
+        let result = {
+            let mut inner = self.ring.inner.borrow_mut();
+            match &mut inner.slots[index].state {
+                OpState::Done(result) => *result,
+                OpState::Submitted(waker) => {
+                    match waker {
+                        Some(waker) => waker.clone_from(context.waker()),
+                        None => *waker = Some(context.waker().clone()),
+                    }
+                    return Poll::Pending;
+                }
+                OpState::Free | OpState::Abandoned => unreachable!("not ours"),
+            }
+        };
+        self.ring.inner.borrow_mut().release(index);
+        self.index = None;
+        Poll::Ready(u32::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)))
+    }
+}
+
+impl Drop for Operation {
+    fn drop(&mut self) {
+        let Some(index) = self.index else { return };
+        let mut inner = self.ring.inner.borrow_mut();
+        match inner.slots[index].state {
+            OpState::Done(_) => inner.release(index),
+            _ => inner.slots[index].state = OpState::Abandoned,
+        }
+    }
+}
+
+/// A host file whose I/O goes through a [`Ring`].
+#[derive(Debug, Clone)]
+pub struct UringStorage {
+    /// The ring of this thread.
+    ring: Rc<Ring>,
+    /// The file.
+    file: Arc<HostFile>,
+}
+
+impl UringStorage {
+    /// The part of `buffer` that one operation can move.
+    fn clip(buffer: IoBuffer) -> IoBuffer {
+        let len = buffer.len().min(MAX_TRANSFER);
+        if len < buffer.len() { buffer.slice(0, len) } else { buffer }
+    }
+}
+
+impl Storage for UringStorage {
+    async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
+        let buffer = Self::clip(buffer);
+        let operation = self.ring.start(&self.file, Some(buffer), |fd, iovecs| match iovecs {
+            [one] => opcode::Read::new(fd, one.iov_base.cast(), kernel_len(one.iov_len))
+                .offset(offset)
+                .build(),
+            many => opcode::Readv::new(fd, many.as_ptr(), kernel_len(many.len()))
+                .offset(offset)
+                .build(),
+        })?;
+        Ok(operation.await? as usize)
+    }
+
+    async fn write(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
+        let buffer = Self::clip(buffer);
+        let operation = self.ring.start(&self.file, Some(buffer), |fd, iovecs| match iovecs {
+            [one] => opcode::Write::new(fd, one.iov_base.cast(), kernel_len(one.iov_len))
+                .offset(offset)
+                .build(),
+            many => opcode::Writev::new(fd, many.as_ptr(), kernel_len(many.len()))
+                .offset(offset)
+                .build(),
+        })?;
+        Ok(operation.await? as usize)
+    }
+
+    async fn zero(&self, range: ByteRange, mode: ZeroMode) -> io::Result<()> {
+        let flags = i32::try_from(fallocate_flags(mode).bits()).map_err(io::Error::other)?;
+        let operation = self.ring.start(&self.file, None, |fd, _| {
+            opcode::Fallocate::new(fd, range.len()).offset(range.start()).mode(flags).build()
+        })?;
+        operation.await.map(|_| ())
+    }
+
+    async fn sync(&self) -> io::Result<()> {
+        let operation = self.ring.start(&self.file, None, |fd, _| {
+            opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
+        })?;
+        operation.await.map(|_| ())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.file().set_len(len)
+    }
+
+    fn alignment(&self) -> Alignment {
+        self.file.alignment()
+    }
+
+    fn next_data(&self, offset: u64) -> io::Result<Option<ByteRange>> {
+        self.file.next_data(offset)
+    }
+}
+
+/// A length or count as the kernel takes it. It fits: `clip` keeps transfers below 2 GiB and the
+/// segment list has at most 1024 entries.
+fn kernel_len(len: usize) -> u32 {
+    u32::try_from(len).expect("clipped to the kernel's limit")
+}
