@@ -173,3 +173,176 @@ pub fn encode_words(words: impl IntoIterator<Item = u64>, bytes: &mut [u8]) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The specification, whose table of sizes must agree with ours.
+    const SPEC: &str = include_str!("../../docs/format.md");
+
+    fn cluster(bits: u32) -> ClusterSize {
+        ClusterSize::from_bits(bits).unwrap()
+    }
+
+    #[test]
+    fn bitmap_sizes_are_those_of_the_specification() {
+        const MIB: u64 = 1 << 20;
+        const GIB: u64 = 1 << 30;
+        const TIB: u64 = 1 << 40;
+        // Virtual size, cluster bits, then used, padded and file length.
+        let rows = [
+            (MIB, 12, 32, 4096, 8192),
+            (6 * GIB, 16, 12288, 65536, 131_072),
+            (6 * GIB + 512, 16, 12289, 65536, 131_072),
+            (8 * GIB, 16, 16384, 65536, 131_072),
+            (TIB, 16, 2_097_152, 2_097_152, 2_162_688),
+            (TIB, 12, 33_554_432, 33_554_432, 33_558_528),
+            // Not in the table: nothing, one sector, a part of a sector, 512-byte clusters.
+            (0, 12, 0, 0, 4096),
+            (512, 21, 1, 2_097_152, 4_194_304),
+            (511, 12, 0, 0, 4096),
+            (4096 * 512 + 512, 9, 513, 1024, 5120),
+        ];
+        for (size, bits, used, padded, file_len) in rows {
+            let geometry = BitmapGeometry::new(cluster(bits), size).unwrap();
+            let found = (
+                geometry.used_len(),
+                geometry.padded_len(),
+                geometry.file_len(),
+            );
+            assert_eq!(
+                found,
+                (used, padded, file_len),
+                "{size} bytes, cluster_bits {bits}"
+            );
+            assert_eq!(geometry.virtual_size(), size / 512 * 512);
+            // Rows of the document hold the same numbers.
+            let row = format!("| {used} | {padded} | {file_len} |");
+            assert!(
+                size < MIB || bits == 9 || SPEC.contains(&row),
+                "{row} in docs/format.md"
+            );
+        }
+    }
+
+    #[test]
+    fn pages_cover_the_bitmap_without_gap_or_overlap() {
+        for (bits, size) in [
+            (9, 4096 * 512 * 9 + 512),
+            (12, 5 << 30),
+            (16, 8 << 30),
+            (21, 1 << 40),
+        ] {
+            let geometry = BitmapGeometry::new(cluster(bits), size).unwrap();
+            let (mut at, mut word) = (geometry.offset(), 0);
+            for page in 0..geometry.pages() {
+                let range = geometry.page_range(page);
+                assert_eq!((range.start(), range.start() % 4096), (at, 0));
+                assert!(!range.is_empty() && range.len() <= BitmapGeometry::PAGE_LEN);
+                assert_eq!(geometry.page_words(page).start, word);
+                assert!((geometry.page_words(page).end - word) * 8 <= range.len());
+                (at, word) = (range.end(), geometry.page_words(page).end);
+            }
+            assert_eq!(at, geometry.file_len());
+            assert_eq!(word, geometry.words());
+            assert!(geometry.page_range(geometry.pages()).is_empty());
+            assert!(geometry.page_range(u64::MAX).is_empty());
+            assert!(geometry.page_words(u64::MAX).is_empty());
+        }
+    }
+
+    #[test]
+    fn positions_stay_exact_beyond_32_bits() {
+        // 2^46 bytes of 4 KiB clusters: 2^34 bits, past 2^32 clusters and past 2^31 sectors.
+        let geometry = BitmapGeometry::new(cluster(12), 1 << 46).unwrap();
+        assert_eq!(geometry.clusters(), 1 << 34);
+        for c in [
+            0,
+            7,
+            8,
+            32767,
+            32768,
+            (1 << 32) - 1,
+            1 << 32,
+            (1 << 33) + 13,
+            (1 << 34) - 1,
+        ] {
+            let (byte, mask) = geometry.position(c);
+            assert_eq!(byte, 4096 + c / 8);
+            assert_eq!(u64::from(mask.trailing_zeros()), c % 8);
+            assert_eq!(mask.count_ones(), 1);
+            let page = geometry.page_range(geometry.page_of(c));
+            assert!(page.start() <= byte && byte < page.end());
+            assert!(geometry.page_words(geometry.page_of(c)).contains(&(c / 64)));
+        }
+        assert_eq!(geometry.position(1 << 32), (4096 + (1 << 29), 1));
+        assert_eq!(geometry.page_of(1 << 32), 1 << 17);
+    }
+
+    #[test]
+    fn disks_beyond_the_largest_file_are_refused_and_the_largest_is_not() {
+        for bits in 9..=21 {
+            let largest = BitmapGeometry::new(cluster(bits), MAX_VIRTUAL_SIZE).unwrap();
+            assert_eq!(largest.virtual_size(), (1 << 63) - 512);
+            assert_eq!(
+                largest.clusters(),
+                (MAX_VIRTUAL_SIZE - 511).div_ceil(1 << bits)
+            );
+            assert!(largest.file_len() < 1 << 52);
+            let (last, _) = largest.position(largest.clusters() - 1);
+            assert_eq!(last, largest.offset() + largest.used_len() - 1);
+        }
+        let error = BitmapGeometry::new(cluster(12), 1 << 63).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "disk of 9223372036854775808 bytes is larger than the largest possible file, \
+             9223372036854775807 bytes"
+        );
+    }
+
+    #[test]
+    fn words_hold_the_bits_where_position_says() {
+        let geometry = BitmapGeometry::new(cluster(12), 150 * 4096).unwrap();
+        let mut bytes = vec![0; usize::try_from(geometry.padded_len()).unwrap()];
+        for c in [0, 9, 63, 64, 130, 149] {
+            let (byte, mask) = geometry.position(c);
+            bytes[usize::try_from(byte - geometry.offset()).unwrap()] |= mask;
+        }
+        let words: Vec<u64> = decode_words(&bytes).collect();
+        assert_eq!(words.len(), 512);
+        assert_eq!(words[..3], [1 | 1 << 9 | 1 << 63, 1, 1 << 2 | 1 << 21]);
+        assert!(words[3..].iter().all(|&word| word == 0));
+        let mut again = vec![0xff; bytes.len()];
+        encode_words(words[..3].iter().copied(), &mut again);
+        assert_eq!(again, bytes);
+    }
+
+    #[test]
+    fn words_at_the_end_of_a_short_file_are_filled_with_zeros() {
+        let words: Vec<u64> = decode_words(&[1, 0, 0, 0, 0, 0, 0, 0x80, 2, 3]).collect();
+        assert_eq!(words, [0x8000_0000_0000_0001, 0x0302]);
+        assert_eq!(decode_words(&[]).count(), 0);
+        let mut bytes = [0xff; 10];
+        encode_words([0x0807_0605_0403_0201, 0x0c0b_0a09], &mut bytes);
+        assert_eq!(bytes, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    }
+
+    #[test]
+    fn word_masks_cover_the_clusters_and_nothing_else() {
+        let masks = |clusters: u64| {
+            let geometry = BitmapGeometry::new(cluster(12), clusters * 4096).unwrap();
+            [
+                geometry.word_mask(0),
+                geometry.word_mask(1),
+                geometry.word_mask(u64::MAX),
+            ]
+        };
+        assert_eq!(masks(0), [0, 0, 0]);
+        assert_eq!(masks(1), [1, 0, 0]);
+        assert_eq!(masks(63), [u64::MAX >> 1, 0, 0]);
+        assert_eq!(masks(64), [u64::MAX, 0, 0]);
+        assert_eq!(masks(65), [u64::MAX, 1, 0]);
+        assert_eq!(masks(200), [u64::MAX, u64::MAX, 0]);
+    }
+}
