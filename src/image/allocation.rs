@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use zerocopy::FromZeros;
 
-use crate::format::BitmapGeometry;
+use crate::format::{BitmapGeometry, decode_words, encode_words};
 
 /// Bits in a word.
 const WORD_BITS: u64 = 64;
@@ -30,8 +30,8 @@ pub struct AllocationMap {
 /// The bits of an image that has unallocated clusters.
 #[derive(Debug)]
 struct Bits {
-    /// Clusters on the disk.
-    clusters: u64,
+    /// Where the bits lie in the side file.
+    geometry: BitmapGeometry,
     /// Bit `c % 64` of word `c / 64`; bits past the last cluster are 0.
     allocated: Box<[AtomicU64]>,
     /// One bit per bitmap page that has bits which the side file lacks.
@@ -74,10 +74,9 @@ impl AllocationMap {
     /// The map of a disk with no cluster allocated, or `None` if there is no memory for it.
     #[must_use]
     pub fn empty(geometry: &BitmapGeometry) -> Option<Self> {
-        let clusters = geometry.clusters();
         let bits = Bits {
-            clusters,
-            allocated: zero_words(clusters.div_ceil(WORD_BITS))?,
+            geometry: *geometry,
+            allocated: zero_words(geometry.words())?,
             dirty_pages: zero_words(geometry.pages().div_ceil(WORD_BITS))?,
         };
         Some(Self { bits: Some(bits) })
@@ -95,14 +94,12 @@ impl AllocationMap {
         let Some(bits) = &mut self.bits else { return };
         let first = usize::try_from(start / 8).unwrap_or(usize::MAX);
         let words = bits.allocated.iter_mut().skip(first);
-        for (word, chunk) in words.zip(bytes.chunks(8)) {
-            let mut value = [0; 8];
-            value[..chunk.len()].copy_from_slice(chunk);
-            *word.get_mut() = u64::from_le_bytes(value);
+        for (word, value) in words.zip(decode_words(bytes)) {
+            *word.get_mut() = value;
         }
+        let last_mask = bits.geometry.word_mask(bits.geometry.words().saturating_sub(1));
         if let Some(last) = bits.allocated.last_mut() {
-            let unused = bits.clusters.next_multiple_of(WORD_BITS) - bits.clusters;
-            *last.get_mut() &= u64::MAX >> unused;
+            *last.get_mut() &= last_mask;
         }
     }
 
@@ -180,10 +177,14 @@ impl Bits {
 
     /// A page as it is now, in the side file's byte order.
     fn page(&self, page: u64) -> Vec<u8> {
-        let first = usize::try_from(page * PAGE_WORDS).unwrap_or(usize::MAX);
-        let len = usize::try_from(PAGE_WORDS).unwrap_or(usize::MAX);
-        let words = self.allocated.iter().skip(first).take(len);
-        words.flat_map(|word| word.load(Ordering::Acquire).to_le_bytes()).collect()
+        let range = self.geometry.page_words(page);
+        let first = usize::try_from(range.start).unwrap_or(usize::MAX);
+        let count = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+        let len = usize::try_from(self.geometry.page_range(page).len()).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; len];
+        let words = self.allocated.iter().skip(first).take(count);
+        encode_words(words.map(|word| word.load(Ordering::Acquire)), &mut bytes);
+        bytes
     }
 }
 
@@ -192,7 +193,7 @@ impl Bits {
 pub struct FrozenBits<'a> {
     /// The map, to mark the pages dirty again if they do not reach the side file.
     bits: Option<&'a Bits>,
-    /// Page number and content (which may lack trailing zeros), ascending.
+    /// Page number and content, ascending. The last page may be shorter than the others.
     pages: Vec<(u64, Vec<u8>)>,
 }
 

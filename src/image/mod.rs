@@ -36,9 +36,7 @@
 //! ```
 
 pub mod allocation;
-pub mod check;
 pub mod cluster_lock;
-pub mod create;
 pub mod error;
 pub mod extent;
 pub mod flush;

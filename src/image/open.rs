@@ -1,0 +1,239 @@
+//! Opening a disk by name: which files belong to it, whether they may, and how they are cached.
+//!
+//! File names inside a header are somebody else's words (P6): they are plain paths (checked by
+//! `format`), relative to the folder of the add-cow file, and the format of a file is what the
+//! header says, never what its content looks like. Files are told apart by (device, inode), so
+//! that a hard or symbolic link does not pass for another file.
+//!
+//! Not here: image locks, and the I/O engine that the disk is served with.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::load::{self, LoadError};
+use super::{FileRole, Image, ImageState, OpenError};
+use crate::executor::block_on;
+use crate::format::{BitmapGeometry, FileReference, FormatError, Header};
+use crate::image::allocation::AllocationMap;
+use crate::storage::Storage;
+use crate::storage::file::FileStorage;
+use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::units::SECTOR_SIZE;
+
+/// The only format of raw images and backing files so far.
+pub const RAW_FORMAT: &str = "raw";
+
+/// How a disk is opened.
+#[derive(Debug, Clone, Copy)]
+pub struct OpenOptions {
+    /// For writing too?
+    pub writable: bool,
+    /// Cache of the raw image.
+    pub cache: CacheMode,
+    /// Cache of the backing file.
+    pub backing_cache: CacheMode,
+}
+
+impl OpenOptions {
+    /// For the tool: reading only, through the page cache.
+    pub const READ_ONLY: Self = Self {
+        writable: false,
+        cache: CacheMode::Buffered,
+        backing_cache: CacheMode::Buffered,
+    };
+
+    /// How the disk's own files are opened.
+    fn access(&self) -> Access {
+        if self.writable { Access::ReadWrite } else { Access::ReadOnly }
+    }
+}
+
+/// An open disk: its files and what its threads share. [`OpenImage::handle`] makes it usable.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// What all threads share.
+    pub state: Arc<ImageState>,
+    /// The raw image.
+    pub raw: Arc<HostFile>,
+    /// The add-cow file; `None` for a plain raw image.
+    pub side: Option<Arc<HostFile>>,
+    /// The backing file, if there is one and it is needed.
+    pub backing: Option<Arc<HostFile>>,
+    /// The add-cow file's header; `None` for a plain raw image.
+    pub header: Option<Header>,
+}
+
+impl OpenImage {
+    /// A handle for one thread, whose storages `engine` makes.
+    pub fn handle<S: Storage>(&self, engine: impl Fn(Arc<HostFile>) -> S) -> Image<S> {
+        let make = |file: &Arc<HostFile>| engine(Arc::clone(file));
+        Image::new(
+            Arc::clone(&self.state),
+            make(&self.raw),
+            self.side.as_ref().map(make),
+            self.backing.as_ref().map(make),
+        )
+    }
+}
+
+/// Opens an add-cow disk.
+///
+/// # Errors
+/// An [`OpenError`] that names the file. Nothing has been changed.
+pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
+    let side = open_file(FileRole::Side, path, options.access(), CacheMode::Buffered)?;
+    let side_storage = FileStorage::new(Arc::clone(&side));
+    let header = block_on(load::header(&side_storage)).map_err(|e| load_error(path, e))?;
+    let folder = folder_of(path);
+    let raw_path = check_format(FileRole::Raw, &header.image, folder)?;
+    let raw = open_file(FileRole::Raw, &raw_path, options.access(), options.cache)?;
+    check_distinct(FileRole::Raw, &raw, FileRole::Side, &side)?;
+    let backing = open_backing(&header, folder, options.backing_cache)?;
+    if let Some(backing) = &backing {
+        check_distinct(FileRole::Raw, &raw, FileRole::Backing, backing)?;
+        check_distinct(FileRole::Backing, backing, FileRole::Side, &side)?;
+    }
+    let len = sectors_of(&raw)?;
+    let geometry = BitmapGeometry::new(header.cluster_size, len)
+        .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
+    let allocation = if header.all_allocated {
+        AllocationMap::all()
+    } else {
+        block_on(load::bitmap(&side_storage, &geometry)).map_err(|e| load_error(path, e))?
+    };
+    let backing_len = backing.as_ref().map_or(Ok(0), |file| file_len(FileRole::Backing, file))?;
+    let state = ImageState::add_cow(geometry, allocation, backing_len, options.writable);
+    Ok(OpenImage { state: Arc::new(state), raw, side: Some(side), backing, header: Some(header) })
+}
+
+/// Opens a plain raw image.
+///
+/// # Errors
+/// As [`add_cow`].
+pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
+    let raw = open_file(FileRole::Raw, path, options.access(), options.cache)?;
+    let state = Arc::new(ImageState::raw(sectors_of(&raw)?, options.writable));
+    Ok(OpenImage { state, raw, side: None, backing: None, header: None })
+}
+
+/// Reads only the header of an add-cow file.
+///
+/// # Errors
+/// As [`add_cow`].
+pub fn header(path: &Path) -> Result<Header, OpenError> {
+    let side = open_file(FileRole::Side, path, Access::ReadOnly, CacheMode::Buffered)?;
+    block_on(load::header(&FileStorage::new(side))).map_err(|e| load_error(path, e))
+}
+
+/// The folder that names inside the file `path` are relative to.
+#[must_use]
+pub fn folder_of(path: &Path) -> &Path {
+    path.parent().unwrap_or(Path::new(""))
+}
+
+/// Opens one file of a disk.
+pub(super) fn open_file(
+    role: FileRole,
+    path: &Path,
+    access: Access,
+    cache: CacheMode,
+) -> Result<Arc<HostFile>, OpenError> {
+    let file = HostFile::open(path, access, cache).map_err(io_error("open", role, path))?;
+    Ok(Arc::new(file))
+}
+
+/// Opens the backing file, if the disk has one and needs it.
+fn open_backing(
+    header: &Header,
+    folder: &Path,
+    cache: CacheMode,
+) -> Result<Option<Arc<HostFile>>, OpenError> {
+    match &header.backing {
+        Some(reference) if !header.all_allocated => {
+            let path = check_format(FileRole::Backing, reference, folder)?;
+            open_file(FileRole::Backing, &path, Access::ReadOnly, cache).map(Some)
+        }
+        _ => Ok(None),
+    }
+}
+
+/// The path of a file that the header refers to, if we can use its format.
+pub(super) fn check_format(
+    role: FileRole,
+    reference: &FileReference,
+    folder: &Path,
+) -> Result<PathBuf, OpenError> {
+    let path = reference.name.resolve(folder);
+    if reference.format == RAW_FORMAT {
+        Ok(path)
+    } else {
+        Err(OpenError::UnsupportedFormat { role, path, format: reference.format.clone() })
+    }
+}
+
+/// Refuses two roles played by one file.
+pub(super) fn check_distinct(
+    first: FileRole,
+    first_file: &HostFile,
+    second: FileRole,
+    second_file: &HostFile,
+) -> Result<(), OpenError> {
+    if first_file.identity() != second_file.identity() {
+        return Ok(());
+    }
+    Err(OpenError::SameFile {
+        first,
+        first_path: first_file.path().to_owned(),
+        second,
+        second_path: second_file.path().to_owned(),
+    })
+}
+
+/// Length of a file in bytes.
+pub(super) fn file_len(role: FileRole, file: &HostFile) -> Result<u64, OpenError> {
+    file.len().map_err(io_error("get the length of", role, file.path()))
+}
+
+/// Length of the raw image in bytes, as far as it goes in whole sectors.
+fn sectors_of(raw: &HostFile) -> Result<u64, OpenError> {
+    let len = file_len(FileRole::Raw, raw)?;
+    if len < SECTOR_SIZE {
+        return Err(OpenError::EmptyImage { path: raw.path().to_owned() });
+    }
+    Ok(len - len % SECTOR_SIZE)
+}
+
+/// Makes an [`OpenError::Io`] of what the host said.
+pub(super) fn io_error(
+    action: &'static str,
+    role: FileRole,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> OpenError {
+    move |source| OpenError::Io { action, role, path: path.to_owned(), source }
+}
+
+/// Says which file a [`LoadError`] is about.
+pub(super) fn load_error(path: &Path, error: LoadError) -> OpenError {
+    let path = path.to_owned();
+    match error {
+        LoadError::Io(source) => OpenError::Io { action: "read", role: FileRole::Side, path, source },
+        LoadError::Format(source) => OpenError::Format { path, source },
+        LoadError::Truncated { found, needed } => OpenError::Truncated { path, found, needed },
+        LoadError::NoMemory(_) => OpenError::Io {
+            action: "allocate the bitmap of",
+            role: FileRole::Side,
+            path,
+            source: io::ErrorKind::OutOfMemory.into(),
+        },
+    }
+}
+
+/// Whether the error is that the file is not an add-cow file at all.
+#[must_use]
+pub fn is_wrong_format(error: &OpenError) -> bool {
+    matches!(
+        error,
+        OpenError::Format { source: FormatError::BadMagic { .. } | FormatError::TooShort { .. }, .. }
+    )
+}
