@@ -1,8 +1,5 @@
 //! addcow: copy-on-write disks over plain raw images, served to virtual machines.
-#![cfg_attr(
-    test,
-    allow(clippy::unwrap_used, reason = "a test that cannot go on should panic")
-)]
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on should panic"))]
 
 pub mod executor;
 pub mod format;

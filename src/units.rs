@@ -147,11 +147,8 @@ impl ClusterSize {
     #[must_use]
     pub fn covered(self, range: ByteRange, disk_len: u64) -> std::ops::Range<u64> {
         let first = self.count(range.start());
-        let end = if range.end() >= disk_len {
-            self.count(disk_len)
-        } else {
-            self.index(range.end())
-        };
+        let end =
+            if range.end() >= disk_len { self.count(disk_len) } else { self.index(range.end()) };
         first..end.max(first)
     }
 }

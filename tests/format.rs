@@ -39,10 +39,7 @@ fn spec_example() -> Vec<u8> {
 }
 
 fn reference(role: FileRole, name: &str, format: &str) -> FileReference {
-    FileReference {
-        name: FileName::new(role, name).unwrap(),
-        format: format.to_owned(),
-    }
+    FileReference { name: FileName::new(role, name).unwrap(), format: format.to_owned() }
 }
 
 fn cluster(bits: u32) -> ClusterSize {
@@ -107,31 +104,14 @@ fn v18_header_with_small_clusters_and_full_format_field_is_read_but_not_written(
     let header = Header::decode(&bytes).unwrap();
     assert_eq!(header.cluster_size.bytes(), 512);
     assert_eq!(header.header_size(), 4096);
-    assert_eq!(
-        header.image,
-        reference(FileRole::Image, "a.raw", "sixteen-letters!")
-    );
+    assert_eq!(header.image, reference(FileRole::Image, "a.raw", "sixteen-letters!"));
     assert_eq!((header.backing.clone(), header.all_allocated), (None, true));
-    assert_eq!(
-        header.encode(),
-        Err(FormatError::ClusterTooSmall {
-            bytes: 512,
-            min: 4096
-        })
-    );
-    let larger = Header {
-        cluster_size: cluster(12),
-        ..header
-    };
+    assert_eq!(header.encode(), Err(FormatError::ClusterTooSmall { bytes: 512, min: 4096 }));
+    let larger = Header { cluster_size: cluster(12), ..header };
     let format = "sixteen-letters!".to_owned();
     assert_eq!(
         larger.encode(),
-        Err(FormatError::FormatTooLong {
-            role: FileRole::Image,
-            format,
-            len: 16,
-            max: 15
-        })
+        Err(FormatError::FormatTooLong { role: FileRole::Image, format, len: 16, max: 15 })
     );
 }
 
@@ -146,10 +126,7 @@ fn old_versions_are_recognised_and_refused() {
     // A version word after the short magic: cluster_bits comes to lie where the features are.
     let mut v14 = broken(&[]);
     v14.splice(4..4, le32(1));
-    assert_eq!(
-        Header::decode(&v14),
-        Err(FormatError::UnknownFeatures { bits: 16 })
-    );
+    assert_eq!(Header::decode(&v14), Err(FormatError::UnknownFeatures { bits: 16 }));
 }
 
 /// Decodes the example with `changes` and compares the error's message, which tells the variant
@@ -169,25 +146,12 @@ fn broken_fixed_fields_are_refused_each_with_its_error() {
     );
     // The feature bits are reported first: they may change what the rest means.
     refused(
-        &[
-            (FEATURES, &[5]),
-            (FEATURES + 7, &[0x80]),
-            (CLUSTER_BITS, &[99]),
-        ],
+        &[(FEATURES, &[5]), (FEATURES + 7, &[0x80]), (CLUSTER_BITS, &[99])],
         "unknown incompatible feature bits 0x8000000000000005; this program knows none",
     );
-    refused(
-        &[(CLUSTER_BITS, &[8])],
-        "cluster_bits is 8, outside 9 to 21",
-    );
-    refused(
-        &[(CLUSTER_BITS, &[22])],
-        "cluster_bits is 22, outside 9 to 21",
-    );
-    refused(
-        &[(CLUSTER_BITS, &[0xff; 4])],
-        "cluster_bits is 4294967295, outside 9 to 21",
-    );
+    refused(&[(CLUSTER_BITS, &[8])], "cluster_bits is 8, outside 9 to 21");
+    refused(&[(CLUSTER_BITS, &[22])], "cluster_bits is 22, outside 9 to 21");
+    refused(&[(CLUSTER_BITS, &[0xff; 4])], "cluster_bits is 4294967295, outside 9 to 21");
     refused(
         &[(HEADER_SIZE, &le32(4096))],
         "header_size is 4096, but clusters of 65536 bytes need 65536",
@@ -226,14 +190,8 @@ fn broken_name_positions_are_refused_each_with_its_error() {
         &[(BACKING_SIZE, &le32(0))],
         "backing name offset 76 and size 0 contradict each other: both or neither must be 0",
     );
-    refused(
-        &[(IMAGE_OFFSET, &[0; 8])],
-        "header names no image file (name offset 0, size 0)",
-    );
-    refused(
-        &[(IMAGE_SIZE, &le32(0))],
-        "header names no image file (name offset 86, size 0)",
-    );
+    refused(&[(IMAGE_OFFSET, &[0; 8])], "header names no image file (name offset 0, size 0)");
+    refused(&[(IMAGE_SIZE, &le32(0))], "header names no image file (name offset 86, size 0)");
     refused(
         &[(IMAGE_OFFSET, &le32(75))],
         "image file name at offset 75 overlaps the fixed header of 76 bytes",
@@ -267,41 +225,25 @@ fn broken_name_positions_are_refused_each_with_its_error() {
         &[(BACKING_SIZE, &le32(1024))],
         "backing file name is 1024 bytes long; the limit is 1023",
     );
-    refused(
-        &[(IMAGE_SIZE, &le32(4096))],
-        "image file name is 4096 bytes long; the limit is 4095",
-    );
+    refused(&[(IMAGE_SIZE, &le32(4096))], "image file name is 4096 bytes long; the limit is 4095");
 }
 
 #[test]
 fn names_that_are_no_plain_paths_are_refused_each_with_its_error() {
     const PROTOCOL: &str = "has a protocol prefix (a ':' before any '/'); only file names are \
                             followed (write ./ before the name of such a file)";
-    refused(
-        &[(76 + 3, b"\0")],
-        "backing file name \"ubu\\0tu.img\" has a NUL byte at position 3",
-    );
+    refused(&[(76 + 3, b"\0")], "backing file name \"ubu\\0tu.img\" has a NUL byte at position 3");
     refused(
         &[(76, b"json:{\"a\":")],
         &format!("backing file name \"json:{{\\\"a\\\":\" {PROTOCOL}"),
     );
+    refused(&[(86, b"nbd://h/")], &format!("image file name \"nbd://h/\" {PROTOCOL}"));
     refused(
-        &[(86, b"nbd://h/")],
-        &format!("image file name \"nbd://h/\" {PROTOCOL}"),
-    );
-    refused(
-        &[
-            (BACKING_OFFSET, &le32(200)),
-            (BACKING_SIZE, &le32(8)),
-            (200, b"test.raw"),
-        ],
+        &[(BACKING_OFFSET, &le32(200)), (BACKING_SIZE, &le32(8)), (200, b"test.raw")],
         "image file and backing file are the same file, \"test.raw\"",
     );
     let colon_later = broken(&[(86, b"./a:b/cd")]);
-    assert_eq!(
-        Header::decode(&colon_later).unwrap().image.name.as_bytes(),
-        b"./a:b/cd"
-    );
+    assert_eq!(Header::decode(&colon_later).unwrap().image.name.as_bytes(), b"./a:b/cd");
 }
 
 #[test]
@@ -310,10 +252,7 @@ fn files_that_end_early_are_refused_where_they_end() {
     for len in 0..FIXED_HEADER_LEN {
         let short = Err(FormatError::TooShort { len, needed: 76 });
         assert_eq!(Header::decode(&bytes[..len]), short);
-        assert_eq!(
-            Header::area_len(&bytes[..len]).map(|_| ()),
-            short.map(|_| ())
-        );
+        assert_eq!(Header::area_len(&bytes[..len]).map(|_| ()), short.map(|_| ()));
     }
     for len in FIXED_HEADER_LEN..bytes.len() {
         let role = FileRole::Image;
@@ -324,15 +263,8 @@ fn files_that_end_early_are_refused_where_they_end() {
         FormatError::TooShort { len: 3, needed: 76 }.to_string(),
         "file of 3 bytes is shorter than the add-cow header of 76 bytes"
     );
-    let message = FormatError::NameTruncated {
-        role: FileRole::Image,
-        end: 94,
-        len: 90,
-    };
-    assert_eq!(
-        message.to_string(),
-        "image file name ends at offset 94, but the file ends at 90"
-    );
+    let message = FormatError::NameTruncated { role: FileRole::Image, end: 94, len: 90 };
+    assert_eq!(message.to_string(), "image file name ends at offset 94, but the file ends at 90");
 }
 
 #[test]
@@ -371,11 +303,7 @@ fn all_allocated_header_drops_a_damaged_backing_reference_and_keeps_a_sound_one(
     for damage in damages {
         assert!(Header::decode(&broken(&[damage])).is_err(), "{damage:02x?}");
         let header = Header::decode(&broken(&[all, damage])).unwrap();
-        assert_eq!(
-            (header.backing, header.all_allocated),
-            (None, true),
-            "{damage:02x?}"
-        );
+        assert_eq!((header.backing, header.all_allocated), (None, true), "{damage:02x?}");
     }
     // The image reference is needed, so it stays checked.
     assert_eq!(
@@ -386,27 +314,14 @@ fn all_allocated_header_drops_a_damaged_backing_reference_and_keeps_a_sound_one(
 
 #[test]
 fn all_allocated_decides_bit_0_of_the_word_that_is_written() {
-    let header = Header {
-        all_allocated: true,
-        backing: None,
-        ..example()
-    };
+    let header = Header { all_allocated: true, backing: None, ..example() };
     let bytes = header.encode().unwrap();
     assert_eq!(bytes[COMPAT_FEATURES..HEADER_SIZE], 1_u64.to_le_bytes());
     assert_eq!(bytes[BACKING_OFFSET..IMAGE_OFFSET], [0; 8]);
     assert_eq!(bytes[IMAGE_OFFSET..IMAGE_SIZE], le32(76));
     assert_eq!(bytes[BACKING_FMT..IMAGE_FMT], [0; 16]);
-    let cleared = Header {
-        all_allocated: false,
-        compat_features: 7,
-        ..example()
-    };
-    assert_eq!(
-        Header::decode(&cleared.encode().unwrap())
-            .unwrap()
-            .compat_features,
-        6
-    );
+    let cleared = Header { all_allocated: false, compat_features: 7, ..example() };
+    assert_eq!(Header::decode(&cleared.encode().unwrap()).unwrap().compat_features, 6);
 }
 
 #[test]
@@ -445,10 +360,7 @@ fn headers_that_must_not_be_written_are_refused_each_with_its_error() {
     assert_eq!(
         with(|h| {
             let name = FileName::new(FileRole::Image, "n".repeat(1024)).unwrap();
-            h.backing = Some(FileReference {
-                name,
-                format: "raw".to_owned(),
-            });
+            h.backing = Some(FileReference { name, format: "raw".to_owned() });
         }),
         "backing file name is 1024 bytes long; the limit is 1023"
     );
@@ -466,10 +378,7 @@ fn names_must_leave_one_byte_of_the_header_area_free() {
     assert_eq!(Header::decode(&largest.encode().unwrap()).unwrap(), largest);
     assert_eq!(
         with(4096 - 76).encode(),
-        Err(FormatError::NamesDoNotFit {
-            names: 4020,
-            header_size: 4096
-        })
+        Err(FormatError::NamesDoNotFit { names: 4020, header_size: 4096 })
     );
     assert_eq!(
         with(4096 - 76).encode().unwrap_err().to_string(),
@@ -480,64 +389,32 @@ fn names_must_leave_one_byte_of_the_header_area_free() {
 #[test]
 fn names_are_checked_when_they_are_made() {
     let new = |name: &[u8]| FileName::from_bytes(FileRole::Image, name);
-    assert_eq!(
-        new(b"").unwrap_err().to_string(),
-        "image file name is empty"
-    );
+    assert_eq!(new(b"").unwrap_err().to_string(), "image file name is empty");
     let max = FileRole::Image.max_name_len();
     assert!(new(&vec![b'n'; max]).is_ok());
     let role = FileRole::Image;
     assert_eq!(
         new(&vec![b'n'; max + 1]),
-        Err(FormatError::NameTooLong {
-            role,
-            len: 4096,
-            max: 4095
-        })
+        Err(FormatError::NameTooLong { role, len: 4096, max: 4095 })
     );
-    assert!(matches!(
-        new(b":a"),
-        Err(FormatError::NameIsProtocol { .. })
-    ));
-    assert!(matches!(
-        new(b"C:\\a"),
-        Err(FormatError::NameIsProtocol { .. })
-    ));
-    assert_eq!(
-        format!("{:?}", new(b"a\x1b\xffb").unwrap()),
-        r#""a\u{1b}\xFFb""#
-    );
+    assert!(matches!(new(b":a"), Err(FormatError::NameIsProtocol { .. })));
+    assert!(matches!(new(b"C:\\a"), Err(FormatError::NameIsProtocol { .. })));
+    assert_eq!(format!("{:?}", new(b"a\x1b\xffb").unwrap()), r#""a\u{1b}\xFFb""#);
 }
 
 #[test]
 fn relative_names_start_at_the_folder_of_the_add_cow_file() {
     let folder = std::path::Path::new("/disks/vm1");
-    let resolve = |name| {
-        FileName::new(FileRole::Image, name)
-            .unwrap()
-            .resolve(folder)
-    };
-    assert_eq!(
-        resolve("test.raw"),
-        std::path::Path::new("/disks/vm1/test.raw")
-    );
-    assert_eq!(
-        resolve("../base.img"),
-        std::path::Path::new("/disks/vm1/../base.img")
-    );
-    assert_eq!(
-        resolve("/srv/base.img"),
-        std::path::Path::new("/srv/base.img")
-    );
+    let resolve = |name| FileName::new(FileRole::Image, name).unwrap().resolve(folder);
+    assert_eq!(resolve("test.raw"), std::path::Path::new("/disks/vm1/test.raw"));
+    assert_eq!(resolve("../base.img"), std::path::Path::new("/disks/vm1/../base.img"));
+    assert_eq!(resolve("/srv/base.img"), std::path::Path::new("/srv/base.img"));
 }
 
 #[test]
 fn every_cluster_size_makes_the_round_trip() {
     for bits in 12..=21 {
-        let header = Header {
-            cluster_size: cluster(bits),
-            ..example()
-        };
+        let header = Header { cluster_size: cluster(bits), ..example() };
         let bytes = header.encode().unwrap();
         assert_eq!(Header::decode(&bytes).unwrap(), header);
         assert_eq!(Header::area_len(&bytes), Ok(1 << bits));
@@ -545,10 +422,7 @@ fn every_cluster_size_makes_the_round_trip() {
     assert_eq!(MAX_HEADER_LEN, 1 << 21);
     for bits in 9..12 {
         let area = broken(&[(CLUSTER_BITS, &[bits]), (HEADER_SIZE, &le32(4096))]);
-        assert_eq!(
-            Header::decode(&area).unwrap().cluster_size,
-            cluster(bits.into())
-        );
+        assert_eq!(Header::decode(&area).unwrap().cluster_size, cluster(bits.into()));
     }
 }
 
@@ -581,24 +455,8 @@ fn mutate(area: &mut Vec<u8>, random: &mut Random) {
         COMPAT_FEATURES,
         HEADER_SIZE,
     ];
-    const VALUES: [u32; 16] = [
-        0,
-        1,
-        9,
-        12,
-        21,
-        75,
-        76,
-        80,
-        94,
-        512,
-        1023,
-        4000,
-        4094,
-        4095,
-        4096,
-        u32::MAX,
-    ];
+    const VALUES: [u32; 16] =
+        [0, 1, 9, 12, 21, 75, 76, 80, 94, 512, 1023, 4000, 4094, 4095, 4096, u32::MAX];
     for _ in 0..=random.below(3) {
         match random.below(8) {
             0 => area.truncate(random.below(area.len() + 1)),
@@ -623,26 +481,9 @@ fn hundred_thousand_mutated_headers_decode_to_themselves_or_to_an_error() {
     let seed = std::env::var("ADDCOW_SEED").map_or(0xadd_c0f, |seed| seed.parse().unwrap());
     println!("replay: ADDCOW_SEED={seed} cargo test --test format hundred_thousand");
     let mut random = Random(seed);
-    let all = Header {
-        all_allocated: true,
-        compat_features: 1,
-        ..example()
-    };
-    let bases = [
-        example(),
-        Header {
-            backing: None,
-            ..example()
-        },
-        all,
-    ]
-    .map(|header| {
-        let mut area = Header {
-            cluster_size: cluster(12),
-            ..header
-        }
-        .encode()
-        .unwrap();
+    let all = Header { all_allocated: true, compat_features: 1, ..example() };
+    let bases = [example(), Header { backing: None, ..example() }, all].map(|header| {
+        let mut area = Header { cluster_size: cluster(12), ..header }.encode().unwrap();
         area.resize(4096, 0);
         area
     });

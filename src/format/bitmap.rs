@@ -40,10 +40,7 @@ impl BitmapGeometry {
             let (size, max) = (virtual_size, MAX_VIRTUAL_SIZE);
             return Err(FormatError::DiskTooLarge { size, max });
         }
-        Ok(Self {
-            cluster_size,
-            virtual_size: virtual_size & !(SECTOR_SIZE - 1),
-        })
+        Ok(Self { cluster_size, virtual_size: virtual_size & !(SECTOR_SIZE - 1) })
     }
 
     /// Size of a cluster.
@@ -99,10 +96,7 @@ impl BitmapGeometry {
     pub fn page_range(&self, page: u64) -> ByteRange {
         let start = page.saturating_mul(Self::PAGE_LEN).min(self.padded_len());
         let end = start.saturating_add(Self::PAGE_LEN).min(self.padded_len());
-        ByteRange::between(
-            self.offset().saturating_add(start),
-            self.offset().saturating_add(end),
-        )
+        ByteRange::between(self.offset().saturating_add(start), self.offset().saturating_add(end))
     }
 
     /// The bitmap page with the bit of cluster `cluster`.
@@ -116,10 +110,7 @@ impl BitmapGeometry {
     /// the end of the file.
     #[must_use]
     pub fn position(&self, cluster: u64) -> (u64, u8) {
-        (
-            self.offset().saturating_add(cluster / 8),
-            1 << (cluster % 8),
-        )
+        (self.offset().saturating_add(cluster / 8), 1 << (cluster % 8))
     }
 
     /// How many 64-bit words hold a cluster's bit.
@@ -140,10 +131,7 @@ impl BitmapGeometry {
     /// when read.
     #[must_use]
     pub fn word_mask(&self, word: u64) -> u64 {
-        let bits = self
-            .clusters()
-            .saturating_sub(word.saturating_mul(64))
-            .min(64);
+        let bits = self.clusters().saturating_sub(word.saturating_mul(64)).min(64);
         u64::MAX.unbounded_shr(64_u32.saturating_sub(u32::try_from(bits).unwrap_or(64)))
     }
 }
@@ -206,34 +194,19 @@ mod tests {
         ];
         for (size, bits, used, padded, file_len) in rows {
             let geometry = BitmapGeometry::new(cluster(bits), size).unwrap();
-            let found = (
-                geometry.used_len(),
-                geometry.padded_len(),
-                geometry.file_len(),
-            );
-            assert_eq!(
-                found,
-                (used, padded, file_len),
-                "{size} bytes, cluster_bits {bits}"
-            );
+            let found = (geometry.used_len(), geometry.padded_len(), geometry.file_len());
+            assert_eq!(found, (used, padded, file_len), "{size} bytes, cluster_bits {bits}");
             assert_eq!(geometry.virtual_size(), size / 512 * 512);
             // Rows of the document hold the same numbers.
             let row = format!("| {used} | {padded} | {file_len} |");
-            assert!(
-                size < MIB || bits == 9 || SPEC.contains(&row),
-                "{row} in docs/format.md"
-            );
+            assert!(size < MIB || bits == 9 || SPEC.contains(&row), "{row} in docs/format.md");
         }
     }
 
     #[test]
     fn pages_cover_the_bitmap_without_gap_or_overlap() {
-        for (bits, size) in [
-            (9, 4096 * 512 * 9 + 512),
-            (12, 5 << 30),
-            (16, 8 << 30),
-            (21, 1 << 40),
-        ] {
+        for (bits, size) in [(9, 4096 * 512 * 9 + 512), (12, 5 << 30), (16, 8 << 30), (21, 1 << 40)]
+        {
             let geometry = BitmapGeometry::new(cluster(bits), size).unwrap();
             let (mut at, mut word) = (geometry.offset(), 0);
             for page in 0..geometry.pages() {
@@ -257,17 +230,7 @@ mod tests {
         // 2^46 bytes of 4 KiB clusters: 2^34 bits, past 2^32 clusters and past 2^31 sectors.
         let geometry = BitmapGeometry::new(cluster(12), 1 << 46).unwrap();
         assert_eq!(geometry.clusters(), 1 << 34);
-        for c in [
-            0,
-            7,
-            8,
-            32767,
-            32768,
-            (1 << 32) - 1,
-            1 << 32,
-            (1 << 33) + 13,
-            (1 << 34) - 1,
-        ] {
+        for c in [0, 7, 8, 32767, 32768, (1 << 32) - 1, 1 << 32, (1 << 33) + 13, (1 << 34) - 1] {
             let (byte, mask) = geometry.position(c);
             assert_eq!(byte, 4096 + c / 8);
             assert_eq!(u64::from(mask.trailing_zeros()), c % 8);
@@ -285,10 +248,7 @@ mod tests {
         for bits in 9..=21 {
             let largest = BitmapGeometry::new(cluster(bits), MAX_VIRTUAL_SIZE).unwrap();
             assert_eq!(largest.virtual_size(), (1 << 63) - 512);
-            assert_eq!(
-                largest.clusters(),
-                (MAX_VIRTUAL_SIZE - 511).div_ceil(1 << bits)
-            );
+            assert_eq!(largest.clusters(), (MAX_VIRTUAL_SIZE - 511).div_ceil(1 << bits));
             assert!(largest.file_len() < 1 << 52);
             let (last, _) = largest.position(largest.clusters() - 1);
             assert_eq!(last, largest.offset() + largest.used_len() - 1);
@@ -332,11 +292,7 @@ mod tests {
     fn word_masks_cover_the_clusters_and_nothing_else() {
         let masks = |clusters: u64| {
             let geometry = BitmapGeometry::new(cluster(12), clusters * 4096).unwrap();
-            [
-                geometry.word_mask(0),
-                geometry.word_mask(1),
-                geometry.word_mask(u64::MAX),
-            ]
+            [geometry.word_mask(0), geometry.word_mask(1), geometry.word_mask(u64::MAX)]
         };
         assert_eq!(masks(0), [0, 0, 0]);
         assert_eq!(masks(1), [1, 0, 0]);

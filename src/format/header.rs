@@ -110,11 +110,7 @@ impl Header {
         let field = |value: usize| u32::try_from(value).map(U32::new).map_err(|_| too_large());
         let fixed = FixedHeader {
             magic: MAGIC,
-            backing_offset: field(if backing.is_some() {
-                FIXED_HEADER_LEN
-            } else {
-                0
-            })?,
+            backing_offset: field(if backing.is_some() { FIXED_HEADER_LEN } else { 0 })?,
             backing_size: field(backing_name.len())?,
             image_offset: field(image_offset)?,
             image_size: field(image_name.len())?,
@@ -144,22 +140,13 @@ impl Header {
         let cluster_size = fixed.cluster_size()?;
         let compat_features = fixed.compat_features.get();
         let all_allocated = compat_features & COMPAT_ALL_ALLOCATED != 0;
-        let names = Names {
-            area,
-            header_size: header_size_of(cluster_size),
-        };
+        let names = Names { area, header_size: header_size_of(cluster_size) };
         let (image, image_at) = fixed.image(&names)?;
         let backing = match fixed.backing(&names, &image, image_at) {
             Err(_) if all_allocated => None,
             other => other?,
         };
-        Ok(Self {
-            cluster_size,
-            backing,
-            image,
-            all_allocated,
-            compat_features,
-        })
+        Ok(Self { cluster_size, backing, image, all_allocated, compat_features })
     }
 
     /// How many bytes the header area has, from the first [`FIXED_HEADER_LEN`] bytes of a file.
@@ -167,20 +154,13 @@ impl Header {
     /// # Errors
     /// Names the first rule that magic, feature bits, cluster size or header size break.
     pub fn area_len(fixed: &[u8]) -> Result<u64, FormatError> {
-        FixedHeader::parse(fixed)?
-            .cluster_size()
-            .map(header_size_of)
+        FixedHeader::parse(fixed)?.cluster_size().map(header_size_of)
     }
 
     /// The compatible feature word as it is written.
     fn compat_word(&self) -> u64 {
         let others = self.compat_features & !COMPAT_ALL_ALLOCATED;
-        others
-            | if self.all_allocated {
-                COMPAT_ALL_ALLOCATED
-            } else {
-                0
-            }
+        others | if self.all_allocated { COMPAT_ALL_ALLOCATED } else { 0 }
     }
 
     /// The rules for writers that concern cluster size and names (docs/format.md, "Names").
@@ -198,9 +178,7 @@ impl Header {
             let len = backing.name.as_bytes().len();
             check_len(FileRole::Backing, len)?;
             if backing.name == self.image.name {
-                return Err(FormatError::SameFile {
-                    name: backing.name.clone(),
-                });
+                return Err(FormatError::SameFile { name: backing.name.clone() });
             }
             names = names.saturating_add(len);
         }
@@ -209,10 +187,7 @@ impl Header {
         let room = self.header_size().saturating_sub(FIXED_HEADER_LEN as u64);
         // ... because a name has at least one byte.
         if names as u64 >= room {
-            return Err(FormatError::NamesDoNotFit {
-                names,
-                header_size: self.header_size(),
-            });
+            return Err(FormatError::NamesDoNotFit { names, header_size: self.header_size() });
         }
         Ok(())
     }
@@ -251,22 +226,13 @@ impl Names<'_> {
     ) -> Result<(FileName, ByteRange), FormatError> {
         let header_size = self.header_size;
         if (offset as usize) < FIXED_HEADER_LEN {
-            return Err(FormatError::NameInFixedHeader {
-                role,
-                offset,
-                min: FIXED_HEADER_LEN,
-            });
+            return Err(FormatError::NameInFixedHeader { role, offset, min: FIXED_HEADER_LEN });
         }
         let max = header_size.saturating_sub(2);
         if u64::from(offset) > max {
             return Err(FormatError::NameOffset { role, offset, max });
         }
-        let past_header = FormatError::NamePastHeader {
-            role,
-            offset,
-            size,
-            header_size,
-        };
+        let past_header = FormatError::NamePastHeader { role, offset, size, header_size };
         let at = match ByteRange::new(offset.into(), size.into()) {
             Some(at) if at.end() <= header_size => at,
             _ => return Err(past_header),
@@ -274,16 +240,9 @@ impl Names<'_> {
         // The limit for names comes before the length of the file: a name that is too long is
         // that, however much of it there is.
         check_len(role, size as usize)?;
-        let slice = self
-            .area
-            .get(offset as usize..)
-            .and_then(|rest| rest.get(..size as usize));
+        let slice = self.area.get(offset as usize..).and_then(|rest| rest.get(..size as usize));
         let Some(bytes) = slice else {
-            return Err(FormatError::NameTruncated {
-                role,
-                end: at.end(),
-                len: self.area.len(),
-            });
+            return Err(FormatError::NameTruncated { role, end: at.end(), len: self.area.len() });
         };
         Ok((FileName::from_bytes(role, bytes)?, at))
     }
@@ -295,17 +254,12 @@ impl FixedHeader {
         if bytes.starts_with(&OLD_MAGIC) {
             return Err(FormatError::OldMagic);
         }
-        let short = FormatError::TooShort {
-            len: bytes.len(),
-            needed: FIXED_HEADER_LEN,
-        };
+        let short = FormatError::TooShort { len: bytes.len(), needed: FIXED_HEADER_LEN };
         let Some(magic) = bytes.first_chunk::<4>() else {
             return Err(short);
         };
         if *magic != MAGIC {
-            return Err(FormatError::BadMagic {
-                found: magic.to_vec(),
-            });
+            return Err(FormatError::BadMagic { found: magic.to_vec() });
         }
         let Ok((fixed, _)) = Self::ref_from_prefix(bytes) else {
             return Err(short);
@@ -329,11 +283,7 @@ impl FixedHeader {
         let found = self.header_size.get();
         if u64::from(found) != expected {
             let cluster = cluster_size.bytes();
-            return Err(FormatError::HeaderSize {
-                found,
-                expected,
-                cluster,
-            });
+            return Err(FormatError::HeaderSize { found, expected, cluster });
         }
         Ok(cluster_size)
     }
@@ -368,10 +318,7 @@ impl FixedHeader {
         }
         let (name, at) = names.read(FileRole::Backing, offset, size)?;
         if !at.intersect(image_at).is_empty() {
-            return Err(FormatError::NamesOverlap {
-                backing: at,
-                image: image_at,
-            });
+            return Err(FormatError::NamesOverlap { backing: at, image: image_at });
         }
         if name == image.name {
             return Err(FormatError::SameFile { name });

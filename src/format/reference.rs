@@ -70,23 +70,14 @@ impl FileName {
         let shown = || String::from_utf8_lossy(bytes).into_owned();
         check_len(role, bytes.len())?;
         if let Some(position) = bytes.iter().position(|&byte| byte == 0) {
-            return Err(FormatError::NameHasNul {
-                role,
-                name: shown(),
-                position,
-            });
+            return Err(FormatError::NameHasNul { role, name: shown(), position });
         }
         // A ':' before any '/' is how other programs tell a protocol ("nbd:", "json:") from a
         // path. We follow none, and refuse the name so that no two programs read it differently.
         if bytes.iter().find(|&&byte| byte == b':' || byte == b'/') == Some(&b':') {
-            return Err(FormatError::NameIsProtocol {
-                role,
-                name: shown(),
-            });
+            return Err(FormatError::NameIsProtocol { role, name: shown() });
         }
-        Ok(Self {
-            bytes: bytes.to_vec(),
-        })
+        Ok(Self { bytes: bytes.to_vec() })
     }
 
     /// The bytes as stored.
@@ -147,16 +138,10 @@ pub struct FileReference {
 
 /// Decodes a format field: printable ASCII, then zeros to its end. An empty one gives "".
 pub(super) fn decode_format(role: FileRole, field: &[u8]) -> Result<String, FormatError> {
-    let len = field
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(field.len());
+    let len = field.iter().position(|&byte| byte == 0).unwrap_or(field.len());
     let (text, padding) = field.split_at_checked(len).unwrap_or((field, &[]));
     if !text.iter().all(u8::is_ascii_graphic) || padding.iter().any(|&byte| byte != 0) {
-        return Err(FormatError::FormatText {
-            role,
-            found: field.to_vec(),
-        });
+        return Err(FormatError::FormatText { role, found: field.to_vec() });
     }
     Ok(text.iter().copied().map(char::from).collect())
 }
@@ -169,17 +154,12 @@ pub(super) fn encode_format(
     let text = reference.format.as_bytes();
     if text.is_empty() {
         return Err(match role {
-            FileRole::Backing => FormatError::BackingFormatMissing {
-                name: reference.name.clone(),
-            },
+            FileRole::Backing => FormatError::BackingFormatMissing { name: reference.name.clone() },
             FileRole::Image => FormatError::ImageFormatMissing,
         });
     }
     if !text.iter().all(u8::is_ascii_graphic) {
-        return Err(FormatError::FormatText {
-            role,
-            found: text.to_vec(),
-        });
+        return Err(FormatError::FormatText { role, found: text.to_vec() });
     }
     if text.len() > MAX_FORMAT_LEN {
         return Err(FormatError::FormatTooLong {

@@ -122,18 +122,17 @@ impl<S: Storage> Image<S> {
             Turn::Joined(Ok(())) => Ok(()),
             Turn::Joined(Err(code)) => {
                 state.barrier.check()?;
-                let source = code.map_or_else(|| io::ErrorKind::Other.into(), |code| {
-                    io::Error::from_raw_os_error(code)
-                });
+                let source = code.map_or(io::ErrorKind::Other.into(), io::Error::from_raw_os_error);
                 Err(ImageError::io("flush", FileRole::Side, ByteRange::between(0, 0))(source))
             }
             Turn::Lead => {
                 let mut pass = Pass { barrier: &state.barrier, result: None };
                 let result = self.pass().await;
-                pass.result = Some(result.as_ref().map(|()| ()).map_err(|error| match error {
-                    ImageError::Io { source, .. } => source.raw_os_error(),
-                    _ => None,
-                }));
+                pass.result = Some(match &result {
+                    Ok(()) => Ok(()),
+                    Err(ImageError::Io { source, .. }) => Err(source.raw_os_error()),
+                    Err(_) => Err(None),
+                });
                 result
             }
         }

@@ -51,7 +51,7 @@ pub async fn bitmap<S: Storage>(
     geometry: &BitmapGeometry,
 ) -> Result<AllocationMap, LoadError> {
     let needed = geometry.offset() + geometry.used_len();
-    let found = side.len()?;
+    let found = side.file_len()?;
     if found < needed {
         return Err(LoadError::Truncated { found, needed });
     }

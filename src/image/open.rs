@@ -37,11 +37,8 @@ pub struct OpenOptions {
 
 impl OpenOptions {
     /// For the tool: reading only, through the page cache.
-    pub const READ_ONLY: Self = Self {
-        writable: false,
-        cache: CacheMode::Buffered,
-        backing_cache: CacheMode::Buffered,
-    };
+    pub const READ_ONLY: Self =
+        Self { writable: false, cache: CacheMode::Buffered, backing_cache: CacheMode::Buffered };
 
     /// How the disk's own files are opened.
     fn access(&self) -> Access {
@@ -217,7 +214,9 @@ pub(super) fn io_error(
 pub(super) fn load_error(path: &Path, error: LoadError) -> OpenError {
     let path = path.to_owned();
     match error {
-        LoadError::Io(source) => OpenError::Io { action: "read", role: FileRole::Side, path, source },
+        LoadError::Io(source) => {
+            OpenError::Io { action: "read", role: FileRole::Side, path, source }
+        }
         LoadError::Format(source) => OpenError::Format { path, source },
         LoadError::Truncated { found, needed } => OpenError::Truncated { path, found, needed },
         LoadError::NoMemory(_) => OpenError::Io {
@@ -234,6 +233,9 @@ pub(super) fn load_error(path: &Path, error: LoadError) -> OpenError {
 pub fn is_wrong_format(error: &OpenError) -> bool {
     matches!(
         error,
-        OpenError::Format { source: FormatError::BadMagic { .. } | FormatError::TooShort { .. }, .. }
+        OpenError::Format {
+            source: FormatError::BadMagic { .. } | FormatError::TooShort { .. },
+            ..
+        }
     )
 }

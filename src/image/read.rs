@@ -61,8 +61,10 @@ impl<S: Storage> Image<S> {
             data.fill_zero();
             return Ok(());
         };
-        transfer::read_or_zero(storage, extent.range.start(), data)
-            .await
-            .map_err(ImageError::io("read", role, extent.range))
+        transfer::read_or_zero(storage, extent.range.start(), data).await.map_err(ImageError::io(
+            "read",
+            role,
+            extent.range,
+        ))
     }
 }

@@ -86,8 +86,10 @@ impl<S: Storage> Image<S> {
         range: ByteRange,
         data: IoBuffer,
     ) -> Result<(), ImageError> {
-        transfer::write_all(&self.raw, range.start(), data)
-            .await
-            .map_err(ImageError::io("write", FileRole::Raw, range))
+        transfer::write_all(&self.raw, range.start(), data).await.map_err(ImageError::io(
+            "write",
+            FileRole::Raw,
+            range,
+        ))
     }
 }

@@ -25,9 +25,8 @@ impl<S: Storage> Image<S> {
         self.state.check_writable()?;
         let range = self.state.check_range(offset, len)?;
         let mode = if may_unmap { ZeroMode::PunchHole } else { ZeroMode::ZeroRange };
-        let whole = self.state.bytes_of(
-            &self.state.cluster_size.covered(range, self.state.virtual_size),
-        );
+        let whole =
+            self.state.bytes_of(&self.state.cluster_size.covered(range, self.state.virtual_size));
         if whole.is_empty() {
             // Inside one cluster, or across the border of two.
             let border = whole.start().clamp(range.start(), range.end());
@@ -77,9 +76,11 @@ impl<S: Storage> Image<S> {
 
     /// Makes a range of the raw image read zeros.
     async fn zero_raw(&self, range: ByteRange, mode: ZeroMode) -> Result<(), ImageError> {
-        transfer::write_zeroes(&self.raw, range, mode)
-            .await
-            .map_err(ImageError::io("zero", FileRole::Raw, range))
+        transfer::write_zeroes(&self.raw, range, mode).await.map_err(ImageError::io(
+            "zero",
+            FileRole::Raw,
+            range,
+        ))
     }
 
     /// Tells that nobody needs `len` bytes from byte `offset` any more. The range is rounded inward
@@ -97,9 +98,11 @@ impl<S: Storage> Image<S> {
         let clusters = self.state.cluster_size.covered(range, self.state.virtual_size);
         for extent in self.state.extents(self.state.bytes_of(&clusters)) {
             if extent.kind == ExtentKind::Data {
-                transfer::discard(&self.raw, extent.range)
-                    .await
-                    .map_err(ImageError::io("discard", FileRole::Raw, extent.range))?;
+                transfer::discard(&self.raw, extent.range).await.map_err(ImageError::io(
+                    "discard",
+                    FileRole::Raw,
+                    extent.range,
+                ))?;
             }
         }
         Ok(())

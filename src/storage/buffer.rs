@@ -305,7 +305,9 @@ impl IoBuffer {
         for segment in self.slice(start, rest.len()).segments() {
             let (now, later) = rest.split_at_mut(segment.len);
             // SAFETY: as in `copy_from`, in the other direction.
-            unsafe { now.as_mut_ptr().copy_from_nonoverlapping(segment.address.as_ptr(), now.len()) };
+            unsafe {
+                now.as_mut_ptr().copy_from_nonoverlapping(segment.address.as_ptr(), now.len())
+            };
             rest = later;
         }
     }
@@ -408,7 +410,8 @@ mod tests {
 
     #[test]
     fn copying_between_differently_split_buffers_keeps_the_order() {
-        let source = IoBuffer::concat(&[IoBuffer::from_bytes(b"abc"), IoBuffer::from_bytes(b"defg")]);
+        let source =
+            IoBuffer::concat(&[IoBuffer::from_bytes(b"abc"), IoBuffer::from_bytes(b"defg")]);
         let target = IoBuffer::concat(&[IoBuffer::zeroed(5), IoBuffer::zeroed(2)]);
         target.copy_from_buffer(&source);
         assert_eq!(target.to_vec(), b"abcdefg");

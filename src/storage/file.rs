@@ -52,7 +52,7 @@ impl Storage for FileStorage {
         Ok(fdatasync(self.file.file())?)
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn file_len(&self) -> io::Result<u64> {
         self.file.len()
     }
 

@@ -17,7 +17,7 @@ use super::Alignment;
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
-const TMPFS_MAGIC: u64 = 0x0102_1994;
+const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,8 +162,7 @@ impl HostFile {
 /// Sets O_DIRECT and O_NONBLOCK as suits the file; returns the alignment that follows.
 fn set_flags(file: &File, cache: CacheMode) -> io::Result<Alignment> {
     let mut flags = fcntl_getfl(file)? - OFlags::DIRECT - OFlags::NONBLOCK;
-    #[allow(clippy::unnecessary_cast, reason = "the type of f_type differs by architecture")]
-    if fstatfs(file)?.f_type as u64 == TMPFS_MAGIC {
+    if fstatfs(file)?.f_type == TMPFS_MAGIC {
         // tmpfs is memory: there is no cache to pass, and no file on it ever blocks for long.
         // Without O_NONBLOCK io_uring would hand each of its requests to a worker thread, because
         // tmpfs lacks FMODE_NOWAIT.

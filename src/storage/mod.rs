@@ -1,7 +1,7 @@
 //! Storage: the only code that touches the bytes of host files.
 //!
 //! The copy-on-write core (`image`) is written once against the trait [`Storage`] and runs on three
-//! engines: [`uring`] (the daemon), [`file`] (the tool, blocking) and [`sim`] (tests: a disk with
+//! engines: [`uring`] (the daemon), [`mod@file`] (the tool, blocking) and [`sim`] (tests: a disk with
 //! a volatile cache, faults and power cuts). What every caller wants on top of a bare engine, whole
 //! transfers, alignment, zeroing, is in [`transfer`], once for all of them.
 //!
@@ -85,7 +85,7 @@ pub trait Storage {
     ///
     /// # Errors
     /// What the host said.
-    fn len(&self) -> io::Result<u64>;
+    fn file_len(&self) -> io::Result<u64>;
 
     /// Cuts or grows the file to `len` bytes; new bytes read zeros.
     ///

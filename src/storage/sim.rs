@@ -103,10 +103,10 @@ impl SimFile {
 
     /// Makes durable what landed before `now`.
     fn sync(&mut self, now: u64) {
-        let (covered, later) =
+        let (covered, later): (Vec<_>, Vec<_>) =
             std::mem::take(&mut self.pending).into_iter().partition(|(when, _, _)| *when < now);
         self.pending = later;
-        for (_, number, bytes) in Vec::<(u64, u64, Sector)>::from(covered) {
+        for (_, number, bytes) in covered {
             self.durable.insert(number, bytes);
         }
     }
@@ -218,9 +218,8 @@ impl SimDisk {
         let mut state = self.state.borrow_mut();
         let index = state.started;
         state.started += 1;
-        let fault = state.fault.filter(|(at, _)| {
-            *at == index || (state.fault_is_lasting && index > *at)
-        });
+        let fault =
+            state.fault.filter(|(at, _)| *at == index || (state.fault_is_lasting && index > *at));
         (index, fault.map(|(_, fault)| fault))
     }
 
@@ -288,7 +287,7 @@ impl Storage for SimStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
         let (_, len) = self.start(buffer.len())?;
         self.disk.delay().await;
-        let left = self.len()?.saturating_sub(offset);
+        let left = self.file_len()?.saturating_sub(offset);
         let mut bytes = vec![0; len.min(usize::try_from(left).unwrap_or(usize::MAX))];
         self.disk.state.borrow().files[self.file].read(offset, &mut bytes);
         buffer.copy_from(0, &bytes);
@@ -310,7 +309,7 @@ impl Storage for SimStorage {
     async fn zero(&self, range: ByteRange, _mode: ZeroMode) -> io::Result<()> {
         self.start(0)?;
         self.disk.delay().await;
-        let range = range.intersect(ByteRange::between(0, self.len()?));
+        let range = range.intersect(ByteRange::between(0, self.file_len()?));
         let zeros = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
         self.land(range.start(), &zeros);
         self.disk.record(self.file, Operation::Zero(range));
@@ -327,7 +326,7 @@ impl Storage for SimStorage {
         Ok(())
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn file_len(&self) -> io::Result<u64> {
         Ok(self.disk.state.borrow().files[self.file].len)
     }
 
@@ -345,7 +344,7 @@ impl Storage for SimStorage {
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<ByteRange>> {
-        let len = self.len()?;
+        let len = self.file_len()?;
         Ok((offset < len).then(|| ByteRange::between(offset, len)))
     }
 }

@@ -51,7 +51,11 @@ pub async fn read_up_to<S: Storage>(
 ///
 /// # Errors
 /// As [`read_up_to`].
-pub async fn read_or_zero<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<()> {
+pub async fn read_or_zero<S: Storage>(
+    storage: &S,
+    offset: u64,
+    buffer: IoBuffer,
+) -> io::Result<()> {
     let got = read_up_to(storage, offset, buffer.clone()).await?;
     if got < buffer.len() {
         buffer.tail(got).fill_zero();
@@ -98,7 +102,8 @@ pub async fn write_zeroes<S: Storage>(
             result => return result,
         }
     }
-    let zeros = IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX).min(BOUNCE_LEN));
+    let zeros =
+        IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX).min(BOUNCE_LEN));
     let mut offset = range.start();
     while offset < range.end() {
         let left = usize::try_from(range.end() - offset).unwrap_or(usize::MAX);
@@ -160,11 +165,7 @@ fn check_interruption(error: io::Error, interruptions: &mut u32) -> io::Result<(
 }
 
 /// Reads an aligned buffer, going on after short transfers until it is full or the file ends.
-async fn read_aligned<S: Storage>(
-    storage: &S,
-    offset: u64,
-    buffer: IoBuffer,
-) -> io::Result<usize> {
+async fn read_aligned<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
     let len = buffer.len();
     let mut rest = buffer;
     let mut done = 0;

@@ -390,9 +390,9 @@ impl Storage for UringStorage {
             [one] => opcode::Read::new(fd, one.iov_base.cast(), kernel_len(one.iov_len))
                 .offset(offset)
                 .build(),
-            many => opcode::Readv::new(fd, many.as_ptr(), kernel_len(many.len()))
-                .offset(offset)
-                .build(),
+            many => {
+                opcode::Readv::new(fd, many.as_ptr(), kernel_len(many.len())).offset(offset).build()
+            }
         })?;
         Ok(operation.await? as usize)
     }
@@ -425,7 +425,7 @@ impl Storage for UringStorage {
         operation.await.map(|_| ())
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn file_len(&self) -> io::Result<u64> {
         self.file.len()
     }
 
