@@ -98,26 +98,25 @@ impl<F: Future> TaskPool<F> {
         self.slots.len() - self.free.len()
     }
 
-    /// Whether another task can be started.
+    /// The number (below the capacity) of the place that the next task will have, if there is room.
     #[must_use]
-    pub fn has_room(&self) -> bool {
-        self.running() < self.capacity
+    pub fn next_place(&self) -> Option<usize> {
+        self.free.last().copied().or((self.slots.len() < self.capacity).then_some(self.slots.len()))
     }
 
-    /// Starts the task that `make` returns for its place's number (below the capacity) and polls it
-    /// once. Returns its output if it is done already.
+    /// Starts a task and polls it once. Returns its output if it is done already.
     ///
     /// # Panics
     /// If there is no room.
-    pub fn start(&mut self, make: impl FnOnce(usize) -> F) -> Option<F::Output> {
-        assert!(self.has_room(), "task pool is full");
+    pub fn start(&mut self, future: F) -> Option<F::Output> {
+        assert!(self.next_place().is_some(), "task pool is full");
         let index = self.free.pop().unwrap_or_else(|| {
             let index = self.slots.len();
             let waker = Waker::from(Arc::new(TaskWaker { ready: Arc::clone(&self.ready), index }));
             self.slots.push(Slot { future: Box::pin(None), waker });
             index
         });
-        self.slots[index].future.set(Some(make(index)));
+        self.slots[index].future.set(Some(future));
         self.poll(index)
     }
 
@@ -218,7 +217,7 @@ mod tests {
     fn tasks_finish_when_woken_and_their_places_are_reused() {
         let mut pool = TaskPool::new(2, Box::new(|| {}));
         let flag = Rc::new(RefCell::new((false, None)));
-        assert_eq!(pool.start(|_| wait_for(Rc::clone(&flag), 7)), None);
+        assert_eq!(pool.start(wait_for(Rc::clone(&flag), 7)), None);
         assert_eq!(pool.poll_ready(|_| panic!("not woken")), 0);
         flag.borrow_mut().0 = true;
         let waker = flag.borrow().1.clone().unwrap();
@@ -226,7 +225,7 @@ mod tests {
         let mut outputs = Vec::new();
         pool.poll_ready(|output| outputs.push(output));
         assert_eq!(outputs, [7]);
-        assert_eq!(pool.start(|_| wait_for(Rc::clone(&flag), 8)), Some(8));
+        assert_eq!(pool.start(wait_for(Rc::clone(&flag), 8)), Some(8));
         assert_eq!((pool.running(), pool.slots.len()), (0, 1));
         waker.wake();
         assert_eq!(pool.poll_ready(|_| panic!("a late wake-up finds nothing")), 1);
@@ -243,7 +242,7 @@ mod tests {
             }),
         );
         let flag = Rc::new(RefCell::new((false, None)));
-        pool.start(|_| wait_for(Rc::clone(&flag), 1));
+        pool.start(wait_for(Rc::clone(&flag), 1));
         let waker = flag.borrow().1.clone().unwrap();
         waker.wake_by_ref();
         assert_eq!(rings.load(Ordering::SeqCst), 0);

@@ -68,6 +68,19 @@ impl Segment {
         self.len == 0
     }
 
+    /// The first byte. Valid for as long as the segment's owner lives.
+    #[must_use]
+    pub fn pointer(self) -> NonNull<u8> {
+        self.address
+    }
+
+    /// Copies the segment into `bytes`, which must not be longer. Each byte is read once.
+    pub fn read_once(self, bytes: &mut [u8]) {
+        assert!(bytes.len() <= self.len);
+        // SAFETY: the segment is mapped: whoever holds it holds its owner (see `Segment::new`).
+        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(self.address.as_ptr(), bytes.len()) };
+    }
+
     /// The part `start..start + len` of this segment; the caller has clipped it to the segment.
     fn part(self, start: usize, len: usize) -> Self {
         assert!(start <= self.len && len <= self.len - start);

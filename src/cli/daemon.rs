@@ -1,0 +1,276 @@
+//! `addcowd`: arguments, socket, signals.
+//!
+//! Follows the conventions for back-end programs in QEMU's vhost-user text ("Backend program
+//! conventions"): fail early with one line, never daemonize, end on SIGTERM.
+
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Parser, ValueEnum};
+use rustix::net::sockopt::socket_acceptconn;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::image::open::{self, OpenImage, OpenOptions};
+use crate::storage::host_file::CacheMode;
+use crate::vhost_user::backend::MAX_QUEUES;
+use crate::vhost_user::export::{Endpoint, Export, StopHandle};
+use crate::virtio::config::DeviceConfig;
+
+use super::error_line;
+
+/// The program's name in messages.
+const PROGRAM: &str = "addcowd";
+
+/// What `--print-capabilities` prints (QEMU's `vhost-user.json`).
+const CAPABILITIES: &str = r#"{"type":"block","features":["read-only","blk-file"]}"#;
+
+/// The longest serial: GET_ID has room for no more (VIRTIO 1.3, 5.2.6).
+const MAX_SERIAL_LEN: usize = 20;
+
+/// Format of the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// An add-cow file.
+    AddCow,
+    /// A plain raw image.
+    Raw,
+}
+
+/// Cache mode of the raw image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Cache {
+    /// Past the host's page cache where the file system can.
+    Direct,
+    /// Through the host's page cache.
+    Buffered,
+    /// As direct, and every write is durable before it completes.
+    Writethrough,
+}
+
+/// Cache mode of the backing file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BackingCache {
+    /// Through the host's page cache, which all guests on this backing file share.
+    Buffered,
+    /// Past the host's page cache where the file system can.
+    Direct,
+}
+
+/// Serves a copy-on-write disk to a virtual machine (vhost-user-blk back end).
+#[derive(Debug, Parser)]
+#[command(name = PROGRAM, version)]
+struct Arguments {
+    /// The disk: an add-cow file, or a raw image with --format raw.
+    #[arg(long, short = 'b', value_name = "DISK")]
+    blk_file: PathBuf,
+    /// Listen on this Unix socket; a stale one is replaced, one in use is not.
+    #[arg(
+        long,
+        short = 's',
+        value_name = "PATH",
+        required_unless_present = "fd",
+        conflicts_with = "fd"
+    )]
+    socket_path: Option<PathBuf>,
+    /// Use this inherited socket, listening or connected.
+    #[arg(long, short = 'f', value_name = "N")]
+    fd: Option<RawFd>,
+    /// Print a JSON description of this program, and ignore everything else.
+    #[arg(long, short = 'c')]
+    print_capabilities: bool,
+    /// Refuse every write.
+    #[arg(long, short = 'r')]
+    read_only: bool,
+    /// Format of the disk; never guessed.
+    #[arg(long, value_enum, default_value = "add-cow")]
+    format: Format,
+    /// Request queues, 1 to 64. QEMU uses one per virtual CPU unless told otherwise, and refuses a
+    /// back end that has fewer.
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    num_queues: u16,
+    /// Size of the queues that the front end makes, 4 to 1024; sets how many segments a request may
+    /// have (N - 2). Larger and smaller queues work too.
+    #[arg(long, value_name = "N", default_value_t = 128,
+          value_parser = clap::value_parser!(u16).range(4..=1024))]
+    queue_size: u16,
+    /// Serial number of the disk, at most 20 bytes of ASCII; the guest sees it in /dev/disk/by-id.
+    #[arg(long, value_name = "S", default_value = "", value_parser = parse_serial)]
+    serial: String,
+    /// Cache mode of the raw image.
+    #[arg(long, value_enum, default_value = "direct")]
+    cache: Cache,
+    /// Cache mode of the backing file.
+    #[arg(long, value_enum, default_value = "buffered")]
+    backing_cache: BackingCache,
+}
+
+/// Checks a serial.
+fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > MAX_SERIAL_LEN {
+        Err(format!("{} bytes long, at most {MAX_SERIAL_LEN} fit", text.len()))
+    } else if !text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ') {
+        Err("not printable ASCII".into())
+    } else {
+        Ok(text.into())
+    }
+}
+
+/// Runs the daemon with these arguments, the program's name first.
+pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    // "print-capabilities ... the back-end program must ignore other options" (QEMU's text).
+    if arguments.iter().skip(1).any(|a| a == "--print-capabilities" || a == "-c") {
+        println!("{CAPABILITIES}");
+        return ExitCode::SUCCESS;
+    }
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("ADDCOW_LOG", "info"))
+        .format(|out, record| {
+            use io::Write as _;
+            writeln!(
+                out,
+                "{PROGRAM}: {}: {}",
+                record.level().as_str().to_lowercase(),
+                record.args()
+            )
+        })
+        .init();
+    match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => match run(&arguments) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(line) => {
+                eprintln!("{PROGRAM}: {line}");
+                ExitCode::FAILURE
+            }
+        },
+        Err(error) => super::usage_error(PROGRAM, &error),
+    }
+}
+
+/// Opens the disk and serves it. The error is one line.
+fn run(arguments: &Arguments) -> Result<(), String> {
+    let image = open_image(arguments).map_err(|error| error_line(&error))?;
+    let stop = StopHandle::new().map_err(|error| format!("cannot start: {error}"))?;
+    let socket = match (&arguments.fd, &arguments.socket_path) {
+        (Some(fd), _) => Socket::inherited(*fd)?,
+        (None, Some(path)) => Socket::bind(path)?,
+        (None, None) => return Err("neither --socket-path nor --fd given".into()),
+    };
+    stop_on_signals(stop.clone()).map_err(|error| format!("cannot handle signals: {error}"))?;
+    let config = DeviceConfig {
+        num_queues: arguments.num_queues,
+        queue_size: arguments.queue_size,
+        serial: arguments.serial.clone().into_bytes(),
+    };
+    log::info!("{}: serving {} bytes", arguments.blk_file.display(), image.state.virtual_size());
+    let writeback = arguments.cache != Cache::Writethrough;
+    let result = Export::new(image, config, writeback, stop).serve(socket.endpoint);
+    if let Some(path) = socket.created
+        && let Err(error) = std::fs::remove_file(&path)
+    {
+        log::warn!("{}: cannot remove the socket: {error}", path.display());
+    }
+    result.map_err(|error| format!("{}: {}", arguments.blk_file.display(), error_line(&error)))
+}
+
+/// Opens the disk as the arguments say.
+fn open_image(arguments: &Arguments) -> Result<OpenImage, crate::image::OpenError> {
+    let options = OpenOptions {
+        writable: !arguments.read_only,
+        cache: match arguments.cache {
+            Cache::Direct | Cache::Writethrough => CacheMode::Direct,
+            Cache::Buffered => CacheMode::Buffered,
+        },
+        backing_cache: match arguments.backing_cache {
+            BackingCache::Direct => CacheMode::Direct,
+            BackingCache::Buffered => CacheMode::Buffered,
+        },
+    };
+    match arguments.format {
+        Format::AddCow => open::add_cow(&arguments.blk_file, options),
+        Format::Raw => open::raw(&arguments.blk_file, options),
+    }
+}
+
+/// Lets SIGTERM and SIGINT stop the export.
+fn stop_on_signals(stop: StopHandle) -> io::Result<()> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            log::info!("signal {signal}: finishing requests and flushing");
+            stop.stop();
+        }
+    })?;
+    Ok(())
+}
+
+/// The socket that front ends use.
+#[derive(Debug)]
+struct Socket {
+    /// What to serve.
+    endpoint: Endpoint,
+    /// The path that we created and have to remove.
+    created: Option<PathBuf>,
+}
+
+impl Socket {
+    /// Binds a listener to `path`.
+    fn bind(path: &Path) -> Result<Self, String> {
+        let failed = |error: io::Error| format!("{}: cannot listen: {error}", path.display());
+        let listener = match UnixListener::bind(path) {
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                remove_stale(path)?;
+                UnixListener::bind(path).map_err(failed)?
+            }
+            other => other.map_err(failed)?,
+        };
+        Ok(Self { endpoint: Endpoint::Listening(listener), created: Some(path.to_owned()) })
+    }
+
+    /// Takes an inherited socket. The conventions leave open whether it listens or is connected.
+    fn inherited(fd: RawFd) -> Result<Self, String> {
+        let failed = |error: io::Error| format!("file descriptor {fd}: {error}");
+        let socket = duplicate(fd).map_err(failed)?;
+        let listens = socket_acceptconn(&socket).map_err(|error| failed(error.into()))?;
+        let endpoint = if listens {
+            Endpoint::Listening(UnixListener::from(socket))
+        } else {
+            let stream = UnixStream::from(socket);
+            stream.peer_addr().map_err(failed)?;
+            stream.set_nonblocking(false).map_err(failed)?;
+            Endpoint::Connected(stream)
+        };
+        Ok(Self { endpoint, created: None })
+    }
+}
+
+/// Removes a socket that nobody listens on any more.
+fn remove_stale(path: &Path) -> Result<(), String> {
+    let refused = |cause: &str| format!("{}: cannot listen: {cause}", path.display());
+    let metadata = std::fs::symlink_metadata(path).map_err(|error| refused(&error.to_string()))?;
+    if !metadata.file_type().is_socket() {
+        return Err(refused("the path exists and is not a socket"));
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(refused("the socket is in use by another process")),
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            std::fs::remove_file(path).map_err(|error| refused(&error.to_string()))
+        }
+        Err(error) => Err(refused(&error.to_string())),
+    }
+}
+
+/// A descriptor of our own for the inherited `fd`. Going through the process's own pidfd lets the
+/// kernel check that `fd` is open, where taking the bare number would be a promise of ours.
+fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+    let us: Pid = getpid();
+    let process = pidfd_open(us, PidfdFlags::empty())?;
+    Ok(pidfd_getfd(process, fd, PidfdGetfdFlags::empty())?)
+}

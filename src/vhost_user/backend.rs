@@ -1,0 +1,214 @@
+//! The device as the `vhost-user-backend` framework sees it.
+//!
+//! Never returns an error from [`VhostUserBackend::handle_event`], nor lets a panic through: either
+//! would end the worker's thread without a word.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use vhost::vhost_user::Backend;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::VhostUserBackend;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use super::SharedMemory;
+use super::queue::{self, QueueContext};
+use super::vring::{Pause, RingControl, Vring};
+use crate::virtio::config::has_feature;
+use crate::virtio::guest_memory::GuestMap;
+
+/// The most queues: the framework keeps the queues of a thread in the bits of a u64.
+pub const MAX_QUEUES: u16 = 64;
+
+/// The largest queue that we accept: the largest that VIRTIO allows (2.7). crosvm makes no smaller.
+const MAX_QUEUE_SIZE: usize = 32768;
+
+/// One connection's device.
+pub struct BlkBackend {
+    /// What its queues share.
+    context: QueueContext,
+    /// Guest memory; the framework replaces it, and tells us.
+    memory: SharedMemory,
+    /// Feature bits that the front end accepted.
+    features: AtomicU64,
+    /// Control of each queue that has run, by thread.
+    controls: Mutex<Vec<Option<Arc<RingControl>>>>,
+    /// Set when the connection ends: no queue starts any more.
+    closing: AtomicBool,
+    /// The channel to the front end; kept open, and used once there is something to say.
+    channel: Mutex<Option<Backend>>,
+}
+
+impl std::fmt::Debug for BlkBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BlkBackend").field("context", &self.context).finish_non_exhaustive()
+    }
+}
+
+impl BlkBackend {
+    /// The device of a new connection.
+    #[must_use]
+    pub fn new(context: QueueContext, memory: SharedMemory) -> Self {
+        let queues = usize::from(context.device.config().num_queues);
+        Self {
+            context,
+            memory,
+            features: AtomicU64::new(0),
+            controls: Mutex::new(vec![None; queues]),
+            closing: AtomicBool::new(false),
+            channel: Mutex::new(None),
+        }
+    }
+
+    /// Stops all queues for good, and waits until they have drained.
+    pub fn close(&self) {
+        self.closing.store(true, Ordering::SeqCst);
+        self.at_rest(|| {});
+    }
+
+    /// Brings all queues to rest, does something, and lets them go on.
+    fn at_rest(&self, action: impl FnOnce()) {
+        let controls: Vec<_> = self.lock_controls().iter().flatten().cloned().collect();
+        // Ask all of them first, so that they drain at the same time.
+        let pauses: Vec<Pause<'_>> =
+            controls.iter().map(|control| control.request_pause()).collect();
+        controls.iter().for_each(|control| control.wait_until_left());
+        action();
+        drop(pauses);
+    }
+
+    /// The queues' controls.
+    fn lock_controls(&self) -> std::sync::MutexGuard<'_, Vec<Option<Arc<RingControl>>>> {
+        self.controls.lock().expect("no panic while held")
+    }
+
+    /// Makes a queue's control known to [`BlkBackend::at_rest`]; names its thread the first time.
+    fn register(&self, thread: usize, control: &Arc<RingControl>) {
+        let mut controls = self.lock_controls();
+        let Some(entry) = controls.get_mut(thread) else { return };
+        if entry.is_none()
+            && let Ok(name) = std::ffi::CString::new(format!("queue-{thread}"))
+            && let Err(error) = rustix::thread::set_name(&name)
+        {
+            log::debug!("cannot name a thread: {error}");
+        }
+        *entry = Some(Arc::clone(control));
+    }
+
+    /// Runs a queue for as long as it is to run.
+    fn run_queue(&self, thread: usize, vring: &Vring) {
+        self.register(thread, vring.control());
+        // After registering: who closes meanwhile either sees the control or is seen here.
+        if self.closing.load(Ordering::SeqCst) {
+            return;
+        }
+        let Some(permit) = vring.enter() else { return };
+        let map = GuestMap::new(self.memory.memory().into_inner());
+        let features = self.features.load(Ordering::SeqCst);
+        let indirect = has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
+        log::debug!("queue {thread} runs: {:x?}", permit.setup);
+        match queue::run(&self.context, &permit, &map, indirect) {
+            Ok(()) => log::debug!("queue {thread} is at rest"),
+            Err(error) => log::error!("queue {thread} stopped: {error}"),
+        }
+    }
+}
+
+impl VhostUserBackend for BlkBackend {
+    type Bitmap = ();
+    type Vring = Vring;
+
+    fn num_queues(&self) -> usize {
+        usize::from(self.context.device.config().num_queues)
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        self.context.device.offered_features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn acked_features(&self, features: u64) {
+        self.features.store(features, Ordering::SeqCst);
+        self.context.device.set_features(features);
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::BACKEND_REQ
+    }
+
+    fn reset_device(&self) {
+        // The framework has disabled every ring before, which drained it.
+        self.features.store(0, Ordering::SeqCst);
+        self.context.device.reset();
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The framework tells each ring.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        self.context.device.read_config(offset, size)
+    }
+
+    fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
+        if !self.context.device.write_config(offset, bytes) {
+            // An error would end the connection, which is out of proportion: VIRTIO 1.3, 4.1.4.6
+            // lets a device ignore a write to a field that is read-only.
+            log::warn!(
+                "front end writes {} bytes of configuration at {offset}: ignored",
+                bytes.len()
+            );
+        }
+        Ok(())
+    }
+
+    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+        // The rings have resolved their addresses in the old memory: let them do it again.
+        self.at_rest(|| {});
+        Ok(())
+    }
+
+    fn set_backend_req_fd(&self, channel: Backend) {
+        *self.channel.lock().expect("no panic while held") = Some(channel);
+    }
+
+    fn queues_per_thread(&self) -> Vec<u64> {
+        (0..self.context.device.config().num_queues.min(MAX_QUEUES)).map(|q| 1 << q).collect()
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        // Without one the framework would wait for its workers for ever.
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+    }
+
+    fn handle_event(
+        &self,
+        event: u16,
+        _events: EventSet,
+        vrings: &[Vring],
+        thread: usize,
+    ) -> io::Result<()> {
+        if let Some(vring) = vrings.get(usize::from(event)) {
+            let outcome = catch_unwind(AssertUnwindSafe(|| self.run_queue(thread, vring)));
+            if outcome.is_err() {
+                log::error!("queue {thread} stopped: internal error (see the panic message above)");
+            }
+        }
+        Ok(())
+    }
+}

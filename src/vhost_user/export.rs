@@ -1,0 +1,236 @@
+//! An export: one disk behind one socket, for one front end at a time, again and again.
+//!
+//! The listener lives as long as the export, so a front end that reconnects never finds the socket
+//! missing; each connection gets a new state of the framework, whose own cannot be used twice. When
+//! a connection ends, however it ends, its queues are drained before their memory goes away, and
+//! the disk is flushed.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use vhost::vhost_user::Listener;
+use vhost_user_backend::VhostUserDaemon;
+use vm_memory::GuestMemoryMmap;
+
+use super::SharedMemory;
+use super::backend::BlkBackend;
+use super::interposer::{self, End};
+use super::queue::QueueContext;
+use super::vring::{new_eventfd, ring_eventfd};
+use crate::executor::block_on;
+use crate::image::ImageError;
+use crate::image::open::OpenImage;
+use crate::log_limit::LogLimit;
+use crate::storage::file::FileStorage;
+use crate::virtio::config::DeviceConfig;
+use crate::virtio::device::DeviceState;
+
+/// Where front ends come from.
+#[derive(Debug)]
+pub enum Endpoint {
+    /// They connect to this listener, one after the other.
+    Listening(UnixListener),
+    /// One is connected already; the export ends with it.
+    Connected(UnixStream),
+}
+
+/// Stops an export, from any thread.
+#[derive(Debug, Clone)]
+pub struct StopHandle {
+    /// Readable once the export is to stop.
+    event: Arc<OwnedFd>,
+}
+
+impl StopHandle {
+    /// A handle that has not been used.
+    ///
+    /// # Errors
+    /// If there is no file descriptor left.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self { event: new_eventfd()? })
+    }
+
+    /// Stops the export: requests that were taken are finished, the disk is flushed.
+    pub fn stop(&self) {
+        ring_eventfd(&self.event);
+    }
+}
+
+/// Why serving ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The socket, a thread or a descriptor could not be had.
+    #[error("{action}: {source}")]
+    Io {
+        /// What we were doing.
+        action: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// The framework could not be set up.
+    #[error("cannot set up the connection: {0}")]
+    Framework(String),
+    /// The last flush failed: writes since the flush before may be lost in a power cut.
+    #[error("final flush: {0}")]
+    Flush(#[source] ImageError),
+}
+
+/// Makes an [`ExportError::Io`] of what the host said.
+fn failed<E: Into<io::Error>>(action: &'static str) -> impl FnOnce(E) -> ExportError {
+    move |source| ExportError::Io { action, source: source.into() }
+}
+
+/// A disk that is served.
+#[derive(Debug)]
+pub struct Export {
+    /// The disk.
+    image: Arc<OpenImage>,
+    /// What is fixed about the device.
+    config: DeviceConfig,
+    /// Whether a device that was just reset caches writes until they are flushed.
+    writeback: bool,
+    /// Told when to stop.
+    stop: StopHandle,
+}
+
+impl Export {
+    /// An export of `image`, which `stop` ends.
+    #[must_use]
+    pub fn new(image: OpenImage, config: DeviceConfig, writeback: bool, stop: StopHandle) -> Self {
+        Self { image: Arc::new(image), config, writeback, stop }
+    }
+
+    /// Serves until it is stopped, or until the only front end hangs up. Then flushes the disk.
+    ///
+    /// # Errors
+    /// If the listener fails or the last flush does. What happens on one connection ends only that.
+    pub fn serve(&self, endpoint: Endpoint) -> Result<(), ExportError> {
+        let served = match endpoint {
+            Endpoint::Connected(stream) => self.serve_connection(&stream).map(|_| ()),
+            Endpoint::Listening(listener) => self.serve_listener(&listener),
+        };
+        let flushed = self.flush().map_err(ExportError::Flush);
+        served.and(flushed)
+    }
+
+    /// Serves one connection after the other.
+    fn serve_listener(&self, listener: &UnixListener) -> Result<(), ExportError> {
+        listener.set_nonblocking(true).map_err(failed("cannot prepare the socket"))?;
+        while let Some(stream) = self.accept(listener)? {
+            log::info!("front end connected");
+            match self.serve_connection(&stream) {
+                Ok(End::Stopped) => return Ok(()),
+                Ok(end) => log::info!("connection ended by {}", name_of(end)),
+                Err(error) => log::error!("connection ended: {error}"),
+            }
+            if let Err(error) = self.flush() {
+                log::error!("flush after a connection: {error}");
+            }
+        }
+        Ok(())
+    }
+
+    /// The next connection, or `None` if the export is to stop.
+    fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>, ExportError> {
+        loop {
+            let mut fds = [
+                PollFd::new(listener, PollFlags::IN),
+                PollFd::new(&*self.stop.event, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other.map_err(failed("cannot wait for a connection"))?,
+            };
+            if !fds[1].revents().is_empty() {
+                return Ok(None);
+            }
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false).map_err(failed("cannot prepare a connection"))?;
+                    return Ok(Some(stream));
+                }
+                Err(error) if is_passing(&error) => {}
+                Err(error) => return Err(failed("cannot accept a connection")(error)),
+            }
+        }
+    }
+
+    /// Serves one connection. Its queues are drained when this returns.
+    fn serve_connection(&self, front: &UnixStream) -> Result<End, ExportError> {
+        let image = Arc::clone(&self.image);
+        let state = Arc::clone(&image.state);
+        let device = Arc::new(DeviceState::new(self.config.clone(), state, self.writeback));
+        let context = QueueContext { image, device, log_limit: LogLimit::default() };
+        let memory = SharedMemory::new(GuestMemoryMmap::new());
+        let backend = Arc::new(BlkBackend::new(context, memory.clone()));
+        let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)
+            .map_err(|error| ExportError::Framework(error.to_string()))?;
+        let ours = connect_framework(&mut daemon)?;
+        let end = interposer::pass(front, &ours, self.stop.event.as_fd());
+        // The framework ends with its socket, but not before it has worked off what it got: then
+        // nothing changes the rings any more, and they can be stopped for good.
+        drop(ours);
+        if let Err(error) = daemon.wait() {
+            log::debug!("control thread ended: {error}");
+        }
+        backend.close();
+        drop(daemon);
+        end.map_err(failed("cannot pass messages on"))
+    }
+
+    /// Makes what was written durable.
+    fn flush(&self) -> Result<(), ImageError> {
+        block_on(self.image.handle(FileStorage::new).flush())
+    }
+}
+
+/// Starts the framework on a socket of its own and returns our end of it.
+fn connect_framework(
+    daemon: &mut VhostUserDaemon<Arc<BlkBackend>>,
+) -> Result<UnixStream, ExportError> {
+    /// Makes the names of this process's sockets differ.
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    const ACTION: &str = "cannot set up the connection";
+    // The framework takes a connection only from a listener. This one has an abstract name and
+    // lives for the next three calls.
+    let number = COUNTER.fetch_add(1, Ordering::Relaxed);
+    let name = format!("addcowd/{}/{number}", std::process::id());
+    let address = SocketAddr::from_abstract_name(name).map_err(failed(ACTION))?;
+    let listener = UnixListener::bind_addr(&address).map_err(failed(ACTION))?;
+    let ours = UnixStream::connect_addr(&address).map_err(failed(ACTION))?;
+    let mut listener = Listener::from(listener);
+    daemon.start(&mut listener).map_err(|error| ExportError::Framework(error.to_string()))?;
+    drop(listener);
+    // If another process was quicker, its connection was accepted and ours went with the listener.
+    let mut fds = [PollFd::new(&ours, PollFlags::IN)];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
+    if fds[0].revents().is_empty() {
+        Ok(ours)
+    } else {
+        daemon.request_shutdown();
+        Err(ExportError::Framework("another process took the private socket".into()))
+    }
+}
+
+/// Whether accepting failed for a reason that the next connection does not share.
+fn is_passing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Who ended a connection, for the log.
+fn name_of(end: End) -> &'static str {
+    match end {
+        End::FrontEnd => "the front end",
+        End::Framework => "a message that was not accepted",
+        End::Stopped => "a stop",
+    }
+}

@@ -1,0 +1,204 @@
+//! A queue's worker: takes chains, serves them, publishes, sleeps when there is nothing to do.
+//!
+//! One thread per queue, with a ring of its own for its I/O; queues share the image's state and
+//! nothing of this. The loop keeps the framework's thread until a pause is asked for, drains what it
+//! has taken, and leaves no request behind.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use super::vring::{RunPermit, ring_eventfd};
+use crate::executor::TaskPool;
+use crate::image::open::OpenImage;
+use crate::log_limit::LogLimit;
+use crate::storage::buffer::IoMemory;
+use crate::storage::uring::Ring;
+use crate::virtio::chain::{self, Chain, MAX_DESCRIPTORS};
+use crate::virtio::device::{BlockDevice, DeviceState};
+use crate::virtio::guest_memory::GuestMap;
+use crate::virtio::request::Used;
+use crate::virtio::ring::{RingError, SplitRing};
+
+/// The most requests of one queue that are carried out at the same time; the others wait in the
+/// ring. Their segment lists take at most 128 * 1024 * 16 bytes = 2 MiB.
+const MAX_REQUESTS: usize = 128;
+
+const _: () = assert!(MAX_REQUESTS * MAX_DESCRIPTORS as usize * 16 <= 2 << 20);
+
+/// Token of the kick.
+const KICK: u32 = 0;
+/// Token of the wake-up.
+const WAKE: u32 = 1;
+
+/// Why a queue cannot run.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The driver's ring cannot be used.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+    /// io_uring failed.
+    #[error("io_uring: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// What all queues of a connection share.
+#[derive(Debug)]
+pub struct QueueContext {
+    /// The disk.
+    pub image: Arc<OpenImage>,
+    /// The device.
+    pub device: Arc<DeviceState>,
+    /// Bounds what malformed chains write to the log.
+    pub log_limit: LogLimit,
+}
+
+/// Runs a queue until a pause is asked for. The ring's position is stored in any case.
+///
+/// # Errors
+/// If the queue cannot run (any further): it is at rest then, with nothing in flight.
+pub fn run(
+    context: &QueueContext,
+    permit: &RunPermit,
+    map: &Rc<GuestMap>,
+    indirect: bool,
+) -> Result<(), QueueError> {
+    let mut virtqueue = SplitRing::new(map, permit.setup)?;
+    let ring = Ring::new()?;
+    ring.watch(Arc::clone(&permit.kick), KICK)?;
+    ring.watch(Arc::clone(permit.control().wake_fd()), WAKE)?;
+    let image = context.image.handle(|file| ring.storage(file));
+    let device = BlockDevice::new(Arc::clone(&context.device), image);
+    let wake: Arc<OwnedFd> = Arc::clone(permit.control().wake_fd());
+    let pool = TaskPool::new(MAX_REQUESTS, Box::new(move || ring_eventfd(&wake)));
+    let source = ChainSource::new(map, indirect);
+    let mut worker = Worker { context, permit, ring: &ring, virtqueue: &mut virtqueue, source };
+    let result = worker.run(pool, |chain| device.serve(chain));
+    permit.store_indices(&virtqueue);
+    result
+}
+
+/// Where chains come from: guest memory, and the segment lists that they are walked into.
+struct ChainSource {
+    /// Guest memory.
+    map: Rc<GuestMap>,
+    /// The map as the owner of segments.
+    owner: Rc<dyn std::any::Any>,
+    /// Whether indirect descriptors were negotiated.
+    indirect: bool,
+    /// One segment list per place of the task pool, reused.
+    memories: Vec<Rc<IoMemory>>,
+}
+
+impl ChainSource {
+    /// A source on `map`.
+    fn new(map: &Rc<GuestMap>, indirect: bool) -> Self {
+        Self { map: Rc::clone(map), owner: map.owner(), indirect, memories: Vec::new() }
+    }
+
+    /// Walks the chain at `head` into the list of `place`.
+    fn walk(
+        &mut self,
+        virtqueue: &SplitRing,
+        head: u16,
+        place: usize,
+    ) -> Result<Chain, chain::ChainError> {
+        while self.memories.len() <= place {
+            self.memories.push(Rc::default());
+        }
+        let table = (virtqueue.descriptors(), virtqueue.size());
+        let memory = &mut self.memories[place];
+        chain::walk(&self.map, &self.owner, table, self.indirect, head, memory)
+    }
+}
+
+/// A running queue.
+struct Worker<'a> {
+    /// What queues share.
+    context: &'a QueueContext,
+    /// The right to run this one.
+    permit: &'a RunPermit,
+    /// This thread's I/O.
+    ring: &'a Ring,
+    /// The driver's ring.
+    virtqueue: &'a mut SplitRing,
+    /// Where chains come from.
+    source: ChainSource,
+}
+
+impl Worker<'_> {
+    /// The loop. `serve` makes the task of a chain.
+    fn run<F: Future<Output = Used>>(
+        &mut self,
+        mut pool: TaskPool<F>,
+        serve: impl Fn(Chain) -> F,
+    ) -> Result<(), QueueError> {
+        let mut failure = None;
+        self.virtqueue.disable_kicks();
+        loop {
+            let mut progress = self.ring.reap(|_token| {});
+            progress += pool.poll_ready(|used| self.virtqueue.push_used(used.head, used.len));
+            let stopping = failure.is_some() || self.permit.control().pause_wanted();
+            if !stopping {
+                match self.take(&mut pool, &serve) {
+                    Ok(taken) => progress += taken,
+                    Err(error) => failure = Some(error.into()),
+                }
+            }
+            if self.virtqueue.publish() {
+                self.permit.control().call();
+            }
+            if stopping && pool.running() == 0 {
+                return failure.map_or(Ok(()), Err);
+            }
+            if progress > 0 {
+                self.ring.submit()?;
+            } else {
+                self.sleep(&pool, stopping)?;
+            }
+        }
+    }
+
+    /// Takes as many chains as there are and as there is room for. Returns how many.
+    fn take<F: Future<Output = Used>>(
+        &mut self,
+        pool: &mut TaskPool<F>,
+        serve: &impl Fn(Chain) -> F,
+    ) -> Result<usize, RingError> {
+        let mut taken = 0;
+        while let Some(place) = pool.next_place() {
+            let Some(head) = self.virtqueue.pop()? else { break };
+            taken += 1;
+            let used = match self.source.walk(self.virtqueue, head, place) {
+                Ok(chain) => pool.start(serve(chain)),
+                Err(error) => {
+                    self.context.log_limit.debug(|| log::debug!("chain {head}: {error}"));
+                    Some(Used::untouched(head))
+                }
+            };
+            if let Some(used) = used {
+                self.virtqueue.push_used(used.head, used.len);
+            }
+        }
+        Ok(taken)
+    }
+
+    /// Sleeps until an I/O completes, the driver kicks, or somebody wakes us.
+    fn sleep<F: Future<Output = Used>>(
+        &mut self,
+        pool: &TaskPool<F>,
+        stopping: bool,
+    ) -> Result<(), QueueError> {
+        // With every place taken new chains cannot be served: no kick is wanted for them.
+        let wants_chains = !stopping && pool.next_place().is_some();
+        let more = wants_chains && self.virtqueue.enable_kicks();
+        if !more && pool.may_sleep() {
+            // A pause that was asked for before `may_sleep` has rung the wake-up, which is watched.
+            self.ring.submit_and_wait()?;
+            pool.awake();
+        }
+        self.virtqueue.disable_kicks();
+        Ok(())
+    }
+}
