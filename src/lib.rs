@@ -1,6 +1,7 @@
 //! addcow: copy-on-write disks over plain raw images, served to virtual machines.
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "a test that cannot go on should panic"))]
 
+pub mod cli;
 pub mod executor;
 pub mod format;
 pub mod image;
