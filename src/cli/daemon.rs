@@ -23,7 +23,7 @@ use crate::vhost_user::backend::MAX_QUEUES;
 use crate::vhost_user::export::{Endpoint, Export, StopHandle};
 use crate::virtio::config::DeviceConfig;
 
-use super::error_line;
+use super::Outcome;
 
 /// The program's name in messages.
 const PROGRAM: &str = "addcowd";
@@ -142,28 +142,19 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             )
         })
         .init();
-    match Arguments::try_parse_from(arguments) {
-        Ok(arguments) => match run(&arguments) {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(line) => {
-                eprintln!("{PROGRAM}: {line}");
-                ExitCode::FAILURE
-            }
-        },
-        Err(error) => super::usage_error(PROGRAM, &error),
-    }
+    super::run(PROGRAM, arguments, |arguments: Arguments| serve(&arguments))
 }
 
-/// Opens the disk and serves it. The error is one line.
-fn run(arguments: &Arguments) -> Result<(), String> {
-    let image = open_image(arguments).map_err(|error| error_line(&error))?;
-    let stop = StopHandle::new().map_err(|error| format!("cannot start: {error}"))?;
+/// Opens the disk and serves it until told to stop.
+fn serve(arguments: &Arguments) -> Outcome {
+    let image = open_image(arguments)?;
+    let stop = StopHandle::new()?;
     let socket = match (&arguments.fd, &arguments.socket_path) {
         (Some(fd), _) => Socket::inherited(*fd)?,
         (None, Some(path)) => Socket::bind(path)?,
         (None, None) => return Err("neither --socket-path nor --fd given".into()),
     };
-    stop_on_signals(stop.clone()).map_err(|error| format!("cannot handle signals: {error}"))?;
+    stop_on_signals(stop.clone())?;
     let config = DeviceConfig {
         num_queues: arguments.num_queues,
         queue_size: arguments.queue_size,
@@ -177,7 +168,8 @@ fn run(arguments: &Arguments) -> Result<(), String> {
     {
         log::warn!("{}: cannot remove the socket: {error}", path.display());
     }
-    result.map_err(|error| format!("{}: {}", arguments.blk_file.display(), error_line(&error)))
+    result?;
+    Ok(0)
 }
 
 /// Opens the disk as the arguments say.

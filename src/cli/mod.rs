@@ -1,37 +1,151 @@
-//! The command lines: arguments, output, exit codes. The only place that prints.
+//! The command lines: arguments in, text and exit codes out. The only code that prints.
+//!
+//! Promises: an error is exactly one line on standard error, `program: what: why`, whatever bytes
+//! a file name or an image holds; and nothing is printed twice. The only place where the pieces
+//! of the program are put together.
+//!
+//! Not here: anything that a caller other than a person or a script could want.
 
 pub mod daemon;
+pub mod output;
+pub mod size;
+pub mod tool;
 
 use std::error::Error;
+use std::ffi::OsString;
+use std::io;
 use std::process::ExitCode;
 
-/// An error and its causes as one line: `what: why: why that`. A cause that the line has already
-/// said is left out.
-#[must_use]
-pub fn error_line(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
+use clap::Parser;
+use clap::error::ErrorKind;
+
+/// Exit code when what was asked for could not be done, or was not understood: as qemu-img, which
+/// makes no difference between the two.
+pub const EXIT_FAILURE: u8 = 1;
+
+/// What a command ends with: an exit code, or an error for standard error and [`EXIT_FAILURE`].
+pub type Outcome = Result<u8, Box<dyn Error>>;
+
+/// Parses a command line, runs it, and reports.
+///
+/// Help and version go to standard output with exit code 0. A reader of standard output that has
+/// gone away (`addcow map disk | head`) ends the command without a word.
+pub fn run<A: Parser>(
+    program: &str,
+    arguments: impl IntoIterator<Item = OsString>,
+    command: impl FnOnce(A) -> Outcome,
+) -> ExitCode {
+    let code = match A::try_parse_from(arguments) {
+        Ok(arguments) => command(arguments).unwrap_or_else(|error| {
+            if !is_broken_pipe(error.as_ref()) {
+                eprintln!("{}", error_line(program, error.as_ref()));
+            }
+            EXIT_FAILURE
+        }),
+        Err(error)
+            if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) =>
+        {
+            // Nobody left to tell if this fails.
+            drop(error.print());
+            0
         }
-        cause = error.source();
-    }
-    line.replace('\n', " ")
+        Err(error) => {
+            eprintln!("{program}: {}", output::printable(&usage_line(program, &error)));
+            EXIT_FAILURE
+        }
+    };
+    ExitCode::from(code)
 }
 
-/// Ends a program whose arguments could not be understood: help and version are printed as they
-/// are, everything else becomes one line.
-pub fn usage_error(program: &str, error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        print!("{error}");
-        return ExitCode::SUCCESS;
+/// The line that reports `error`: the program, then what went wrong, then why, as far as known.
+#[must_use]
+pub fn error_line(program: &str, error: &(dyn Error + 'static)) -> String {
+    let mut line = program.to_owned();
+    let mut last = String::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = host_text(error);
+        // An error that only passes on another one says the same again.
+        if text != last {
+            line.push_str(": ");
+            line.push_str(&text);
+            last = text;
+        }
+        next = error.source();
     }
+    output::printable(&line)
+}
+
+/// What an error says, without the number that the standard library puts behind the host's words.
+fn host_text(error: &(dyn Error + 'static)) -> String {
     let text = error.to_string();
-    let first = text.split("\n\n").next().unwrap_or_default();
-    let line = first.split_whitespace().collect::<Vec<_>>().join(" ");
-    eprintln!("{program}: {}", line.strip_prefix("error: ").unwrap_or(&line));
-    ExitCode::FAILURE
+    match error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error) {
+        Some(code) => text.trim_end_matches(&format!(" (os error {code})")).to_owned(),
+        None => text,
+    }
+}
+
+/// Whether standard output has lost its reader.
+fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// One line for what the parser prints as several: what is wrong, the hint if there is one, and
+/// where to read on.
+fn usage_line(program: &str, error: &clap::Error) -> String {
+    let text = error.to_string();
+    let body = text.trim_start().strip_prefix("error: ").unwrap_or(&text);
+    let end = ["\n\nUsage:", "\nUsage:", "\n\nFor more information"]
+        .iter()
+        .filter_map(|mark| body.find(mark))
+        .min()
+        .unwrap_or(body.len());
+    let (body, _) = body.split_at(end);
+    let words: Vec<&str> = body.split_whitespace().collect();
+    format!("{} (see {program} --help)", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An error with a cause.
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Layer(&'static str, #[source] Option<Box<dyn Error>>);
+
+    #[test]
+    fn causes_are_joined_on_one_line_and_never_repeated() {
+        let host = io::Error::from_raw_os_error(2);
+        let inner = Layer("cannot open 'a\nb'", Some(Box::new(host)));
+        let same = Layer("cannot open 'a\nb'", Some(Box::new(inner)));
+        assert_eq!(
+            error_line("addcow", &same),
+            r"addcow: cannot open 'a\nb': No such file or directory"
+        );
+    }
+
+    #[test]
+    fn errors_in_the_command_line_are_one_line() {
+        #[derive(Debug, Parser)]
+        struct Arguments {
+            /// An option.
+            #[arg(long)]
+            force: bool,
+            /// A value that is needed.
+            disk: String,
+        }
+        let line = |arguments: &[&str]| {
+            usage_line("addcow", &Arguments::try_parse_from(arguments).unwrap_err())
+        };
+        assert_eq!(
+            line(&["addcow", "--forse", "x"]),
+            "unexpected argument '--forse' found tip: a similar argument exists: '--force' \
+             (see addcow --help)"
+        );
+        assert_eq!(
+            line(&["addcow"]),
+            "the following required arguments were not provided: <DISK> (see addcow --help)"
+        );
+    }
 }

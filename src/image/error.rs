@@ -140,6 +140,33 @@ pub enum OpenError {
         /// What is wrong with it.
         problem: &'static str,
     },
+    /// No add-cow header can say this.
+    #[error("cannot make a header for '{}'", path.display())]
+    Header {
+        /// The add-cow file that was to be made.
+        path: PathBuf,
+        /// The rule that would be broken.
+        source: FormatError,
+    },
+    /// The raw image holds more than the disk that was asked for.
+    #[error(
+        "raw image '{}' has {len} bytes: a disk of {size} bytes would cut off its end",
+        path.display()
+    )]
+    ImageTooLong {
+        /// The raw image.
+        path: PathBuf,
+        /// Its length in bytes.
+        len: u64,
+        /// The size that was asked for, in bytes.
+        size: u64,
+    },
+    /// There is nothing to take the size of a new disk from.
+    #[error("no size is given for '{}', nor an image or a backing file to take it from", path.display())]
+    SizeUnknown {
+        /// The add-cow file that was to be made.
+        path: PathBuf,
+    },
     /// A file is there already.
     #[error("{role} '{}' exists already", path.display())]
     Exists {

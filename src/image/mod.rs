@@ -37,6 +37,7 @@
 
 pub mod allocation;
 pub mod cluster_lock;
+pub mod create;
 pub mod error;
 pub mod extent;
 pub mod flush;

@@ -11,7 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, open, seek, statx};
+use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, fsync, open, seek, statx};
 
 use super::Alignment;
 use crate::units::{ByteRange, SECTOR_SIZE};
@@ -73,6 +73,17 @@ impl HostFile {
         // terminal become ours.
         let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         Self::from_file(File::from(open(path, flags, Mode::empty())?), path, cache)
+    }
+
+    /// Makes a new, empty regular file at `path`, readable and writable for whom the umask lets.
+    ///
+    /// # Errors
+    /// `AlreadyExists` if anything has that name, a dangling symbolic link too; else what the host
+    /// said.
+    pub fn create_new(path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let mode = Mode::from_raw_mode(0o666);
+        Self::from_file(File::from(open(path, flags, mode)?), path, CacheMode::Buffered)
     }
 
     /// Takes an open file that was opened as `path`. Its open flags are changed to suit `cache`.
@@ -156,6 +167,21 @@ impl HostFile {
             Err(error) => return Err(error.into()),
         };
         Ok(Some(ByteRange::between(start, seek(&self.file, SeekFrom::Hole(start))?)))
+    }
+}
+
+/// Makes durable which files the folder `path` holds and under which names; an empty path is the
+/// working directory.
+///
+/// # Errors
+/// What the host said.
+pub fn sync_folder(path: &Path) -> io::Result<()> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let folder = open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match fsync(&folder) {
+        // fsync(2): a file system without anything to sync for a folder may say so.
+        Err(rustix::io::Errno::INVAL) => Ok(()),
+        result => Ok(result?),
     }
 }
 

@@ -1,0 +1,107 @@
+//! How results are shown: in words or as JSON, sizes, and text that came out of a file.
+//!
+//! Promises: what came out of a file name or an image reaches a terminal only as printable text.
+//!
+//! Not here: which facts there are to show.
+
+use std::io::{self, Write};
+
+use clap::ValueEnum;
+use serde::Serialize;
+use serde_json::ser::{PrettyFormatter, Serializer};
+
+/// The way in which a verb shows what it found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// Words, for people.
+    Human,
+    /// JSON, for programs; its keys are those of qemu-img where it has them.
+    Json,
+}
+
+/// `text` with control characters written as escapes, so that it stays on its line and does
+/// nothing to a terminal.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            result.extend(c.escape_default());
+        } else {
+            result.push(c);
+        }
+    }
+    result
+}
+
+/// `bytes` with up to three digits, in the smallest unit that needs no more before the point:
+/// `8 GiB`, `1.5 MiB`, `196 KiB`, `512 B`.
+#[must_use]
+pub fn human_size(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+    // In thousandths, so that three digits can be cut out of it: 2^64 * 1000 fits in 128 bits.
+    let thousandths = |unit: usize| {
+        let one = 1_u128 << (10 * unit);
+        (u128::from(bytes) * 1000 + one / 2) / one
+    };
+    // 1000 to 1023 of a unit have four digits: the next unit shows them with three.
+    let unit = (0..UNITS.len() - 1).find(|&unit| thousandths(unit) < 999_500);
+    let unit = unit.unwrap_or(UNITS.len() - 1);
+    let thousandths = thousandths(unit);
+    let decimals = match thousandths {
+        100_000.. => 0,
+        10_000.. => 1,
+        1_000.. => 2,
+        _ => 3,
+    };
+    let step = 10_u128.pow(3 - decimals);
+    let rounded = (thousandths + step / 2) / step * step;
+    let text = format!("{}.{:03}", rounded / 1000, rounded % 1000);
+    let text = text.trim_end_matches('0').trim_end_matches('.');
+    format!("{text} {}", UNITS[unit])
+}
+
+/// Writes `value` as JSON over several lines, indented by four blanks as qemu-img does.
+///
+/// # Errors
+/// What the writer said.
+pub fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+    let mut serializer =
+        Serializer::with_formatter(&mut *out, PrettyFormatter::with_indent(b"    "));
+    value.serialize(&mut serializer)?;
+    writeln!(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_have_three_digits_and_the_largest_unit_that_fits() {
+        let rows = [
+            (0, "0 B"),
+            (512, "512 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (196 << 10, "196 KiB"),
+            (999 << 10, "999 KiB"),
+            (1000 << 10, "0.977 MiB"),
+            ((8 << 30) + 512, "8 GiB"),
+            (12_345_678, "11.8 MiB"),
+            (u64::MAX, "16 EiB"),
+        ];
+        for (bytes, text) in rows {
+            assert_eq!(human_size(bytes), text, "{bytes}");
+        }
+    }
+
+    #[test]
+    fn control_characters_are_escaped_and_nothing_else() {
+        assert_eq!(
+            printable("a\nb\u{1b}[31m\u{9b} 'd' \u{e4}"),
+            "a\\nb\\u{1b}[31m\\u{9b} 'd' \u{e4}"
+        );
+    }
+}

@@ -1,0 +1,445 @@
+//! Creating a disk: its add-cow file, and its raw image where there is none yet.
+//!
+//! Promises: the add-cow file appears whole and durable, or not at all; an error leaves behind what
+//! was there before. So everything that can be found out by looking is checked first; then the
+//! add-cow file is written under a temporary name; then the raw image is made, or grown; and at
+//! last the add-cow file gets its name, without replacing one unless that was asked for.
+//!
+//! Relies on nobody else creating the same disk at the same time beyond that last step, which only
+//! one of them can win. An image in use is not noticed: there are no locks yet.
+//!
+//! Not here: what a command line means, and the bytes of the header (`format`).
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{remove_file, symlink_metadata};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tempfile::{NamedTempFile, PersistError};
+
+use super::open::{check_distinct, check_format, file_len, folder_of, io_error, open_file};
+use super::{FileRole, OpenError};
+use crate::executor::block_on;
+use crate::format::bitmap::MAX_VIRTUAL_SIZE;
+use crate::format::{BitmapGeometry, FileReference, FormatError, Header, encode_words};
+use crate::storage::file::FileStorage;
+use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
+use crate::storage::{IoBuffer, Storage, transfer};
+use crate::units::{ClusterSize, SECTOR_SIZE};
+
+/// Smallest cluster size that is written: 4 KiB.
+const MIN_CLUSTER_BITS: u32 = crate::format::header::MIN_WRITTEN_CLUSTER_BITS;
+
+/// As many clusters as the default cluster size allows, if it can: their bitmap takes 32 MiB of
+/// memory. 4 KiB clusters reach 1 TiB with it.
+const MAX_DEFAULT_CLUSTERS: u64 = 8 * (32 << 20);
+
+const _: () = assert!(MAX_DEFAULT_CLUSTERS << MIN_CLUSTER_BITS == 1 << 40);
+
+/// How much of the bitmap is written at once, in words of 8 bytes.
+const CHUNK_WORDS: u64 = (1 << 20) / 8;
+
+/// The most bytes of the add-cow file's name in that of its temporary file: a file name has at most
+/// 255 bytes, and two dots and six random characters are put around these.
+const MAX_PREFIX_LEN: usize = 200;
+
+/// The disk to be made.
+#[derive(Debug, Clone)]
+pub struct CreateOptions {
+    /// Where the add-cow file goes. Names of the other files are relative to its folder.
+    pub path: PathBuf,
+    /// Virtual size in bytes, a multiple of 512 and not 0; `None`: that of the raw image, or else
+    /// that of the backing file, rounded up to a sector.
+    pub size: Option<u64>,
+    /// Size of a cluster, 4 KiB to 2 MiB; `None`: see [`default_cluster_size`].
+    pub cluster_size: Option<ClusterSize>,
+    /// What the guest sees where it has written nothing.
+    pub backing: Option<FileReference>,
+    /// The raw image. It is made if there is no such file, and grown if it is too short.
+    pub image: FileReference,
+    /// Whether `image` may exist already.
+    pub reuse_image: bool,
+    /// Whether an existing add-cow file may be replaced.
+    pub force: bool,
+}
+
+/// What was made.
+#[derive(Debug, Clone)]
+pub struct Created {
+    /// The header as written.
+    pub header: Header,
+    /// The bitmap as written: also virtual size and file length.
+    pub geometry: BitmapGeometry,
+}
+
+/// The default cluster size for a disk of `virtual_size` bytes: 4 KiB up to 1 TiB, and beyond the
+/// smallest whose bitmap has at most 32 MiB; never more than 2 MiB.
+///
+/// With 4 KiB clusters a first write of whole pages never has to copy anything.
+#[must_use]
+pub fn default_cluster_size(virtual_size: u64) -> ClusterSize {
+    (MIN_CLUSTER_BITS..ClusterSize::MAX_BITS)
+        .filter_map(ClusterSize::from_bits)
+        .find(|cluster| cluster.count(virtual_size) <= MAX_DEFAULT_CLUSTERS)
+        .or(ClusterSize::from_bits(ClusterSize::MAX_BITS))
+        .expect("the largest cluster size is one")
+}
+
+/// Makes a disk.
+///
+/// # Errors
+/// An [`OpenError`] that names the file. There is then no new file, and an image that existed has
+/// its old length.
+pub fn add_cow(options: &CreateOptions) -> Result<Created, OpenError> {
+    Plan::new(options)?.carry_out()
+}
+
+/// The content of a new add-cow file.
+#[derive(Debug)]
+pub struct NewSide {
+    /// Fixed header and names.
+    header: Vec<u8>,
+    /// Where the bitmap lies.
+    geometry: BitmapGeometry,
+    /// Whether every bit is 1.
+    all_allocated: bool,
+}
+
+impl NewSide {
+    /// The file for `header` and a bitmap of this geometry: all ones with ALL_ALLOCATED, else all
+    /// zeros.
+    ///
+    /// # Errors
+    /// The rule for writers that the header breaks.
+    pub fn new(header: &Header, geometry: BitmapGeometry) -> Result<Self, FormatError> {
+        Ok(Self { header: header.encode()?, geometry, all_allocated: header.all_allocated })
+    }
+
+    /// Writes it to the empty file `side`, and syncs it.
+    ///
+    /// The bitmap is durable before the header is written (docs/format.md, "Feature words"): who
+    /// sees ALL_ALLOCATED may rely on the ones.
+    ///
+    /// # Errors
+    /// What the storage said. The file then holds any part of it.
+    pub async fn write<S: Storage>(&self, side: &S) -> io::Result<()> {
+        side.set_len(self.geometry.file_len())?;
+        if self.all_allocated {
+            self.write_ones(side).await?;
+            side.sync().await?;
+        }
+        transfer::write_all(side, 0, IoBuffer::from_bytes(&self.header)).await?;
+        side.sync().await
+    }
+
+    /// Sets the bit of every cluster. Bits behind the last one stay 0.
+    async fn write_ones<S: Storage>(&self, side: &S) -> io::Result<()> {
+        let words = self.geometry.words();
+        let mut first = 0;
+        while first < words {
+            let end = words.min(first + CHUNK_WORDS);
+            let len = usize::try_from((end - first) * 8).map_err(io::Error::other)?;
+            let mut bytes = vec![0; len];
+            encode_words((first..end).map(|word| self.geometry.word_mask(word)), &mut bytes);
+            let offset = self.geometry.offset() + first * 8;
+            transfer::write_all(side, offset, IoBuffer::from_bytes(&bytes)).await?;
+            first = end;
+        }
+        Ok(())
+    }
+}
+
+/// A disk that passed every check which needs no change.
+struct Plan<'a> {
+    /// What was asked for.
+    options: &'a CreateOptions,
+    /// The header to be written.
+    header: Header,
+    /// The bitmap to be written.
+    geometry: BitmapGeometry,
+    /// Where the raw image is, or will be.
+    image_path: PathBuf,
+    /// The raw image, if it exists; open for reading.
+    image: Option<Arc<HostFile>>,
+    /// The backing file; open for reading.
+    backing: Option<Arc<HostFile>>,
+}
+
+impl<'a> Plan<'a> {
+    /// Looks at everything, changes nothing.
+    fn new(options: &'a CreateOptions) -> Result<Self, OpenError> {
+        let folder = folder_of(&options.path);
+        let image_path = check_format(FileRole::Raw, &options.image, folder)?;
+        let backing = match &options.backing {
+            Some(reference) => {
+                let path = check_format(FileRole::Backing, reference, folder)?;
+                let access = (Access::ReadOnly, CacheMode::Buffered);
+                Some(open_file(FileRole::Backing, &path, access.0, access.1)?)
+            }
+            None => None,
+        };
+        let image = open_existing(FileRole::Raw, &image_path)?;
+        check_side(options, image.as_deref(), backing.as_deref())?;
+        if image.is_some() && !options.reuse_image {
+            return Err(OpenError::Exists { role: FileRole::Raw, path: image_path });
+        }
+        let size = choose_size(options, image.as_deref(), backing.as_deref())?;
+        let cluster_size = options.cluster_size.unwrap_or_else(|| default_cluster_size(size));
+        let header = Header {
+            cluster_size,
+            backing: options.backing.clone(),
+            image: options.image.clone(),
+            all_allocated: options.backing.is_none(),
+            compat_features: 0,
+        };
+        let geometry =
+            BitmapGeometry::new(cluster_size, size).map_err(header_error(&options.path))?;
+        Ok(Self { options, header, geometry, image_path, image, backing })
+    }
+
+    /// Makes the files.
+    fn carry_out(self) -> Result<Created, OpenError> {
+        let path = &self.options.path;
+        let content = NewSide::new(&self.header, self.geometry).map_err(header_error(path))?;
+        let side = write_temporary(path, &content)?;
+        let image = self.make_image()?;
+        // Once more: who asked for one name for two new files has by now got the first of them,
+        // and would lose it to the second.
+        check_side(self.options, Some(&image.file), self.backing.as_deref())?;
+        publish(side, path, self.options.force)?;
+        image.keep();
+        Ok(Created { header: self.header, geometry: self.geometry })
+    }
+
+    /// Makes the raw image, or grows it, and makes that durable.
+    fn make_image(&self) -> Result<MadeImage, OpenError> {
+        let (path, size) = (&self.image_path, self.geometry.virtual_size());
+        let made = match &self.image {
+            Some(image) => {
+                let len = file_len(FileRole::Raw, image)?;
+                if len >= size {
+                    return Ok(MadeImage { file: Arc::clone(image), undo: Undo::Nothing });
+                }
+                let file = open_file(FileRole::Raw, path, Access::ReadWrite, CacheMode::Buffered)?;
+                MadeImage { file, undo: Undo::SetLen { from: size, to: len } }
+            }
+            None => {
+                let file =
+                    HostFile::create_new(path).map_err(io_error("create", FileRole::Raw, path))?;
+                MadeImage { file: Arc::new(file), undo: Undo::Remove }
+            }
+        };
+        let storage = FileStorage::new(Arc::clone(&made.file));
+        storage.set_len(size).map_err(io_error("set the length of", FileRole::Raw, path))?;
+        block_on(storage.sync()).map_err(io_error("sync", FileRole::Raw, path))?;
+        sync_folder(folder_of(path)).map_err(io_error(
+            "sync the folder of",
+            FileRole::Raw,
+            path,
+        ))?;
+        Ok(made)
+    }
+}
+
+/// The raw image of a disk whose add-cow file has no name yet. Dropped, it becomes what it was.
+struct MadeImage {
+    /// The image.
+    file: Arc<HostFile>,
+    /// How to make it what it was.
+    undo: Undo,
+}
+
+/// How a raw image is made what it was.
+enum Undo {
+    /// It was not changed.
+    Nothing,
+    /// It did not exist.
+    Remove,
+    /// It was shorter.
+    SetLen {
+        /// The length that we gave it, in bytes.
+        from: u64,
+        /// The length that it had, in bytes.
+        to: u64,
+    },
+}
+
+impl MadeImage {
+    /// The disk is complete: there is nothing to undo any more.
+    fn keep(mut self) {
+        self.undo = Undo::Nothing;
+    }
+}
+
+impl Drop for MadeImage {
+    fn drop(&mut self) {
+        // The error that brought us here is the one to be reported; where cleaning up fails, zeros
+        // stay behind that harm nobody.
+        match self.undo {
+            Undo::Nothing => {}
+            Undo::Remove => drop(remove_file(self.file.path())),
+            // Not if somebody else has changed it since.
+            Undo::SetLen { from, to } if self.file.len().is_ok_and(|len| len == from) => {
+                drop(FileStorage::new(Arc::clone(&self.file)).set_len(to));
+            }
+            Undo::SetLen { .. } => {}
+        }
+    }
+}
+
+/// The add-cow file before it has its name.
+type TemporarySide = NamedTempFile<Arc<HostFile>>;
+
+/// Writes the add-cow file, durably, under a name of its own beside `path`. Dropped, it goes away.
+fn write_temporary(path: &Path, content: &NewSide) -> Result<TemporarySide, OpenError> {
+    let error = |action| io_error(action, FileRole::Side, path);
+    let folder = folder_of(path);
+    let mut prefix = OsString::from(".");
+    // Cut, so that the longest legal file name leaves room for the random part.
+    prefix.push(OsStr::from_bytes(path.file_name().map_or(b"", |name| {
+        let bytes = name.as_bytes();
+        bytes.get(..MAX_PREFIX_LEN).unwrap_or(bytes)
+    })));
+    prefix.push(".");
+    // The host's own words: the error of `tempfile` would show the random name, which means
+    // nothing to anybody.
+    let mut refusal = None;
+    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
+    let side = tempfile::Builder::new().prefix(&prefix).make_in(folder, |path| {
+        HostFile::create_new(path).map(Arc::new).inspect_err(|error| {
+            refusal = error.raw_os_error().map(io::Error::from_raw_os_error);
+        })
+    });
+    let side = side.map_err(|e| error("create")(refusal.unwrap_or(e)))?;
+    let storage = FileStorage::new(Arc::clone(side.as_file()));
+    block_on(content.write(&storage)).map_err(error("write"))?;
+    Ok(side)
+}
+
+/// Gives the add-cow file its name, and makes that durable.
+fn publish(side: TemporarySide, path: &Path, force: bool) -> Result<(), OpenError> {
+    let named = if force { side.persist(path) } else { side.persist_noclobber(path) };
+    named.map_err(|PersistError { error, .. }| match error.kind() {
+        io::ErrorKind::AlreadyExists => {
+            OpenError::Exists { role: FileRole::Side, path: path.to_owned() }
+        }
+        _ => io_error("name", FileRole::Side, path)(error),
+    })?;
+    sync_folder(folder_of(path)).map_err(|error| {
+        if !force {
+            // It replaced nothing, so it can go.
+            drop(remove_file(path));
+        }
+        io_error("sync the folder of", FileRole::Side, path)(error)
+    })
+}
+
+/// Opens a file for reading, if there is one.
+fn open_existing(role: FileRole, path: &Path) -> Result<Option<Arc<HostFile>>, OpenError> {
+    match HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
+        Ok(file) => Ok(Some(Arc::new(file))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("open", role, path)(error)),
+    }
+}
+
+/// Whether the add-cow file may be made: there is none, or it may be replaced; and it is none of
+/// the disk's other files, which must be two themselves.
+fn check_side(
+    options: &CreateOptions,
+    image: Option<&HostFile>,
+    backing: Option<&HostFile>,
+) -> Result<(), OpenError> {
+    if let (Some(image), Some(backing)) = (image, backing) {
+        check_distinct(FileRole::Raw, image, FileRole::Backing, backing)?;
+    }
+    let path = &options.path;
+    let metadata = match symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(io_error("look at", FileRole::Side, path)(error)),
+    };
+    // One that cannot be opened is none of the others, which were.
+    if let Ok(side) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
+        for (role, file) in [(FileRole::Raw, image), (FileRole::Backing, backing)] {
+            if let Some(file) = file {
+                check_distinct(role, file, FileRole::Side, &side)?;
+            }
+        }
+    }
+    if !options.force {
+        return Err(OpenError::Exists { role: FileRole::Side, path: path.clone() });
+    }
+    // What is replaced is a file like the new one, never a device, a folder or a link.
+    if !metadata.is_file() {
+        let problem = io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file");
+        return Err(io_error("replace", FileRole::Side, path)(problem));
+    }
+    Ok(())
+}
+
+/// The virtual size in bytes.
+fn choose_size(
+    options: &CreateOptions,
+    image: Option<&HostFile>,
+    backing: Option<&HostFile>,
+) -> Result<u64, OpenError> {
+    let len = |role, file: Option<&HostFile>| file.map_or(Ok(0), |file| file_len(role, file));
+    let image_len = len(FileRole::Raw, image)?;
+    // docs/format.md, "What the guest sees": an image's last part of a sector is not on the disk.
+    let image_size = image_len - image_len % SECTOR_SIZE;
+    let size = match options.size {
+        Some(size) => size,
+        None if image_size > 0 => image_size,
+        None if backing.is_some() => {
+            let backing_len = len(FileRole::Backing, backing)?;
+            backing_len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
+        }
+        None => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
+    };
+    let invalid = |problem| Err(OpenError::InvalidSize { size, problem });
+    if size == 0 {
+        return invalid("a disk has at least one sector of 512 bytes");
+    }
+    if size > MAX_VIRTUAL_SIZE {
+        return invalid("larger than the largest possible file, 8 EiB less one byte");
+    }
+    if !size.is_multiple_of(SECTOR_SIZE) {
+        return invalid("not a multiple of 512 bytes");
+    }
+    if image_size > size {
+        let path = options.image.name.resolve(folder_of(&options.path));
+        return Err(OpenError::ImageTooLong { path, len: image_len, size });
+    }
+    Ok(size)
+}
+
+/// Makes an [`OpenError::Header`].
+fn header_error(path: &Path) -> impl FnOnce(FormatError) -> OpenError {
+    move |source| OpenError::Header { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn default_clusters_grow_with_the_disk_and_their_bitmap_stays_at_32_mib() {
+        const TIB: u64 = 1 << 40;
+        let rows = [
+            (512, 12),
+            (TIB, 12),
+            (TIB + 512, 13),
+            (2 * TIB, 13),
+            (2 * TIB + 512, 14),
+            (512 * TIB, 21),
+            (512 * TIB + 512, 21),
+            (MAX_VIRTUAL_SIZE, 21),
+        ];
+        for (size, bits) in rows {
+            assert_eq!(default_cluster_size(size).bits(), bits, "{size} bytes");
+        }
+    }
+}
