@@ -50,6 +50,20 @@ pub const F_PROTOCOL: u64 = 1 << 30;
 /// Feature bit: the interface of VIRTIO 1.
 pub const F_VERSION_1: u64 = 1 << 32;
 
+/// All feature bits that a driver of these tests knows.
+pub const KNOWN: u64 = F_SEG_MAX
+    | F_RO
+    | F_BLK_SIZE
+    | F_FLUSH
+    | F_TOPOLOGY
+    | F_CONFIG_WCE
+    | F_MQ
+    | F_DISCARD
+    | F_WRITE_ZEROES
+    | F_INDIRECT
+    | F_EVENT_IDX
+    | F_VERSION_1;
+
 /// Bytes of config space that the tests read: what VIRTIO 1.3 defines up to write-zeroes.
 pub const CONFIG_LEN: u32 = 60;
 
@@ -74,14 +88,14 @@ pub struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         let protocol = VhostUserProtocolFeatures::all();
-        Self { features: u64::MAX, protocol, queues: 1, size: 128, start: 0 }
+        Self { features: KNOWN, protocol, queues: 1, size: 128, start: 0 }
     }
 }
 
 impl Setup {
-    /// Everything but the feature bits `without`.
+    /// Every known feature but the bits `without`.
     pub fn without(without: u64) -> Self {
-        Self { features: !without, ..Self::default() }
+        Self { features: KNOWN & !without, ..Self::default() }
     }
 
     /// `queues` queues of `size` entries.
@@ -90,28 +104,36 @@ impl Setup {
     }
 }
 
+/// What a watchdog looks at.
+#[derive(Debug, Default)]
+struct Watched {
+    /// When the pending message is late; none when nothing is pending.
+    late: Option<Instant>,
+    /// Whether the guest is gone.
+    done: bool,
+}
+
 /// Ends a message that gets no answer by shutting the socket down.
 #[derive(Debug)]
 struct Watchdog {
-    /// When the pending message is late (none: nothing pending), and whether the guest is gone.
-    state: Arc<(Mutex<(Option<Instant>, bool)>, Condvar)>,
+    /// What is watched, and where changes of it are told.
+    state: Arc<(Mutex<Watched>, Condvar)>,
 }
 
 impl Watchdog {
     /// Watches over the messages on `stream`.
     fn new(stream: UnixStream) -> Self {
-        let state = Arc::new((Mutex::new((None, false)), Condvar::new()));
+        let state = Arc::new((Mutex::new(Watched::default()), Condvar::new()));
         let shared = Arc::clone(&state);
         std::thread::spawn(move || {
             let (lock, changed) = &*shared;
             let mut state = lock.lock().expect("watchdog state");
-            while !state.1 {
-                let late = state.0.is_some_and(|end: Instant| Instant::now() >= end);
-                if late {
+            while !state.done {
+                if state.late.is_some_and(|end| Instant::now() >= end) {
                     let _ = stream.shutdown(std::net::Shutdown::Both);
                     return;
                 }
-                let pause = Duration::from_millis(if state.0.is_some() { 100 } else { 3_600_000 });
+                let pause = Duration::from_millis(if state.late.is_some() { 100 } else { 60_000 });
                 state = changed.wait_timeout(state, pause).expect("watchdog state").0;
             }
         });
@@ -120,14 +142,14 @@ impl Watchdog {
 
     /// Starts (with a time) or ends (without) the watch over one message.
     fn set(&self, end: Option<Instant>) {
-        self.state.0.lock().expect("watchdog state").0 = end;
+        self.state.0.lock().expect("watchdog state").late = end;
         self.state.1.notify_one();
     }
 }
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        self.state.0.lock().expect("watchdog state").1 = true;
+        self.state.0.lock().expect("watchdog state").done = true;
         self.state.1.notify_one();
     }
 }

@@ -145,8 +145,11 @@ impl Ring {
             free,
             outstanding: HashMap::new(),
         };
+        // As a ring looks that has run until now: both sides wait for the next entry.
         mem.store_u16(avail + 2, start);
+        mem.store_u16(avail + 4 + 2 * u64::from(size), start);
         mem.store_u16(used + 2, start);
+        mem.store_u16(used + 4 + 8 * u64::from(size), start);
         ring
     }
 
