@@ -290,6 +290,16 @@ impl Daemon {
         std::fs::read_dir(dir).expect("its threads").count()
     }
 
+    /// How much processor time it has used so far, in ticks of usually 10 ms.
+    pub fn cpu_ticks(&self) -> u64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id()));
+        let stat = stat.expect("its statistics");
+        // The name in parentheses may hold anything; utime and stime are fields 14 and 15.
+        let rest = stat.rsplit(')').next().expect("fields after the name");
+        let fields = rest.split_whitespace().skip(11).take(2);
+        fields.map(|field| field.parse::<u64>().expect("a number")).sum()
+    }
+
     /// Asks it to end with SIGTERM and waits at most `limit`.
     pub fn terminate(&mut self, limit: Duration) -> ExitStatus {
         let pid = Pid::from_child(&self.child);

@@ -64,6 +64,16 @@ pub const KNOWN: u64 = F_SEG_MAX
     | F_EVENT_IDX
     | F_VERSION_1;
 
+/// All protocol features that the front end of these tests knows.
+pub fn known_protocol() -> VhostUserProtocolFeatures {
+    VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE
+        | VhostUserProtocolFeatures::BACKEND_REQ
+}
+
 /// Bytes of config space that the tests read: what VIRTIO 1.3 defines up to write-zeroes.
 pub const CONFIG_LEN: u32 = 60;
 
@@ -87,7 +97,7 @@ pub struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
-        let protocol = VhostUserProtocolFeatures::all();
+        let protocol = known_protocol();
         Self { features: KNOWN, protocol, queues: 1, size: 128, start: 0 }
     }
 }
