@@ -165,8 +165,8 @@ impl Drop for Watchdog {
 }
 
 /// A request that the device has.
-#[derive(Debug)]
-struct Pending {
+#[derive(Clone, Debug)]
+pub struct Pending {
     /// Writable buffers in chain order: address and length.
     writable: Vec<(u64, usize)>,
     /// Readable buffers with what they must still hold.
@@ -336,6 +336,16 @@ impl Guest {
 
     /// Puts `request` on ring `queue` without a kick.
     pub fn submit(&mut self, queue: usize, request: &Request, framing: &Framing) -> u16 {
+        let (buffers, pending) = self.place(request, framing);
+        let ring = &mut self.rings[queue];
+        let indirect = framing.indirect && self.features & F_INDIRECT != 0;
+        let head = if indirect { ring.add_indirect(&buffers) } else { ring.add(&buffers) };
+        self.track(queue, head, pending);
+        head
+    }
+
+    /// Places the bytes of `request` in guest memory, cut as `framing` says.
+    pub fn place(&self, request: &Request, framing: &Framing) -> (Vec<Buffer>, Pending) {
         let mut pending = Pending { writable: Vec::new(), readable: Vec::new() };
         let mut buffers = Vec::new();
         let mut done = 0;
@@ -354,11 +364,12 @@ impl Guest {
             buffers.push(Buffer { addr, len: to_u32(len), writable: true });
             pending.writable.push((addr, len));
         }
-        let ring = &mut self.rings[queue];
-        let indirect = framing.indirect && self.features & F_INDIRECT != 0;
-        let head = if indirect { ring.add_indirect(&buffers) } else { ring.add(&buffers) };
+        (buffers, pending)
+    }
+
+    /// Remembers what lies where for the chain `head` that a test has put on the ring by hand.
+    pub fn track(&mut self, queue: usize, head: u16, pending: Pending) {
         self.pending.insert((queue, head), pending);
-        head
     }
 
     /// Kicks ring `queue` if the device wants it.
