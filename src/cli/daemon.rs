@@ -96,10 +96,9 @@ struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
     num_queues: u16,
-    /// Size of the queues that the front end makes, 4 to 1024; sets how many segments a request may
-    /// have (N - 2). Larger and smaller queues work too.
-    #[arg(long, value_name = "N", default_value_t = 128,
-          value_parser = clap::value_parser!(u16).range(4..=1024))]
+    /// Size of the queues that the front end makes, a power of two from 4 to 1024; sets how many
+    /// segments a request may have (N - 2). Larger and smaller queues work too.
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = parse_queue_size)]
     queue_size: u16,
     /// Serial number of the disk, at most 20 bytes of ASCII; the guest sees it in /dev/disk/by-id.
     #[arg(long, value_name = "S", default_value = "", value_parser = parse_serial)]
@@ -120,6 +119,14 @@ fn parse_serial(text: &str) -> Result<String, String> {
         Err("not printable ASCII".into())
     } else {
         Ok(text.into())
+    }
+}
+
+/// Checks a queue size.
+fn parse_queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if (4..=1024).contains(&size) && size.is_power_of_two() => Ok(size),
+        _ => Err("not a power of two from 4 to 1024".into()),
     }
 }
 

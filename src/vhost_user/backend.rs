@@ -12,13 +12,12 @@ use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use vm_memory::GuestAddressSpace;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::event::{
-    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
-};
+use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::SharedMemory;
+use super::exit_event::ExitEvents;
 use super::queue::{self, QueueContext};
 use super::vring::{Pause, RingControl, Vring};
 use crate::virtio::config::has_feature;
@@ -42,6 +41,8 @@ pub struct BlkBackend {
     controls: Mutex<Vec<Option<Arc<RingControl>>>>,
     /// Set when the connection ends: no queue starts any more.
     closing: AtomicBool,
+    /// What ends the framework's threads.
+    exit_events: ExitEvents,
     /// The channel to the front end; kept open, and used once there is something to say.
     channel: Mutex<Option<Backend>>,
 }
@@ -63,6 +64,7 @@ impl BlkBackend {
             features: AtomicU64::new(0),
             controls: Mutex::new(vec![None; queues]),
             closing: AtomicBool::new(false),
+            exit_events: ExitEvents::default(),
             channel: Mutex::new(None),
         }
     }
@@ -71,6 +73,11 @@ impl BlkBackend {
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
         self.at_rest(|| {});
+    }
+
+    /// Releases what the framework leaves behind. To be called when its daemon object is gone.
+    pub fn release(&self) {
+        self.exit_events.close();
     }
 
     /// Brings all queues to rest, does something, and lets them go on.
@@ -119,6 +126,19 @@ impl BlkBackend {
             Err(error) => log::error!("queue {thread} stopped: {error}"),
         }
     }
+}
+
+/// Refuses a memory region that its file does not hold.
+fn check_region(region: &GuestRegionMmap<()>) -> io::Result<()> {
+    let Some(place) = region.file_offset() else { return Ok(()) };
+    let file = place.file().metadata()?;
+    let end = place.start().checked_add(region.len());
+    if file.is_file() && end.is_none_or(|end| end > file.len()) {
+        let what = format!("memory region of {} bytes is longer than its file", region.len());
+        log::error!("front end: {what}");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+    }
+    Ok(())
 }
 
 impl VhostUserBackend for BlkBackend {
@@ -177,10 +197,11 @@ impl VhostUserBackend for BlkBackend {
         Ok(())
     }
 
-    fn update_memory(&self, _memory: SharedMemory) -> io::Result<()> {
+    fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
         // The rings have resolved their addresses in the old memory: let them do it again.
         self.at_rest(|| {});
-        Ok(())
+        // An access past the end of the file behind a region would kill us (SIGBUS).
+        memory.memory().iter().try_for_each(check_region)
     }
 
     fn set_backend_req_fd(&self, channel: Backend) {
@@ -193,7 +214,7 @@ impl VhostUserBackend for BlkBackend {
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         // Without one the framework would wait for its workers for ever.
-        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+        self.exit_events.create()
     }
 
     fn handle_event(

@@ -170,16 +170,23 @@ impl Export {
         let backend = Arc::new(BlkBackend::new(context, memory.clone()));
         let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)
             .map_err(|error| ExportError::Framework(error.to_string()))?;
-        let ours = connect_framework(&mut daemon)?;
+        let ours = match connect_framework(&mut daemon) {
+            Ok(ours) => ours,
+            Err(error) => {
+                log_end(daemon.wait());
+                drop(daemon);
+                backend.release();
+                return Err(error);
+            }
+        };
         let end = interposer::pass(front, &ours, self.stop.event.as_fd());
         // The framework ends with its socket, but not before it has worked off what it got: then
         // nothing changes the rings any more, and they can be stopped for good.
         drop(ours);
-        if let Err(error) = daemon.wait() {
-            log::debug!("control thread ended: {error}");
-        }
+        log_end(daemon.wait());
         backend.close();
         drop(daemon);
+        backend.release();
         end.map_err(failed("cannot pass messages on"))
     }
 
@@ -215,6 +222,13 @@ fn connect_framework(
     } else {
         daemon.request_shutdown();
         Err(ExportError::Framework("another process took the private socket".into()))
+    }
+}
+
+/// Notes how the framework's control thread ended. A hang-up is an error to it.
+fn log_end(result: vhost_user_backend::Result<()>) {
+    if let Err(error) = result {
+        log::debug!("control thread ended: {error}");
     }
 }
 

@@ -5,7 +5,8 @@
 //! does not know. File descriptors travel with the message that they came with: messages are read
 //! one by one, because the kernel would glue bytes of the next message to them otherwise.
 //!
-//! Not here: understanding messages. Only the header's size is looked at, and bounded.
+//! Messages are not understood here, with one exception: a queue size that is not a power of two
+//! ends the connection, where the framework would go on with another size than the driver's.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -27,6 +28,12 @@ const MAX_PAYLOAD: usize = 4096;
 
 /// The most file descriptors of one message: what the framework accepts.
 const MAX_FDS: usize = 32;
+
+/// `VHOST_USER_SET_VRING_NUM`: payload queue index and size, 32 bits each.
+const SET_VRING_NUM: u32 = 8;
+
+/// Header flag of an answer, which repeats the request's number.
+const FLAG_REPLY: u32 = 4;
 
 /// Why passing messages ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,15 +76,14 @@ pub fn pass(front: &UnixStream, framework: &UnixStream, stop: BorrowedFd<'_>) ->
     }
 }
 
-/// Passes one message. Returns whether there was a whole one, small enough.
+/// Passes one message. Returns whether there was a whole one that may pass.
 fn pass_message(from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
     let mut message = vec![0; HEADER_LEN];
     let mut fds = Vec::new();
     if !receive(from, &mut message, &mut fds)? {
         return Ok(false);
     }
-    let size = message.get(8..12).and_then(|bytes| bytes.try_into().ok()).map(u32::from_le_bytes);
-    let size = size.and_then(|size| usize::try_from(size).ok()).unwrap_or(usize::MAX);
+    let size = word(&message, 8).and_then(|size| usize::try_from(size).ok()).unwrap_or(usize::MAX);
     if size > MAX_PAYLOAD {
         return Ok(false);
     }
@@ -85,10 +91,25 @@ fn pass_message(from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
     if !receive(from, &mut message[HEADER_LEN..], &mut fds)? {
         return Ok(false);
     }
+    if word(&message, 0) == Some(SET_VRING_NUM)
+        && word(&message, 4).is_some_and(|flags| flags & FLAG_REPLY == 0)
+        && let Some(queue_size) = word(&message, HEADER_LEN + 4)
+        && !queue_size.is_power_of_two()
+    {
+        log::error!("front end: queue size {queue_size} is not a power of two");
+        return Ok(false);
+    }
     match send(to, &message, &fds) {
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
         result => result.map(|()| true),
     }
+}
+
+/// The 32-bit word at byte `offset` of a message. vhost-user is in the machine's own byte order,
+/// and every machine that we run on is little-endian, as is the framework.
+fn word(message: &[u8], offset: usize) -> Option<u32> {
+    let bytes = message.get(offset..)?.first_chunk::<4>()?;
+    Some(u32::from_le_bytes(*bytes))
 }
 
 /// Receives exactly `bytes.len()` bytes and the descriptors that come with them. Returns false if

@@ -21,6 +21,7 @@
 //! CONFIGURE_MEM_SLOTS, RESET_DEVICE, BACKEND_REQ. Not yet: LOG_SHMFD, INFLIGHT_SHMFD.
 
 pub mod backend;
+pub mod exit_event;
 pub mod export;
 pub mod interposer;
 pub mod queue;
