@@ -7,6 +7,7 @@
 
 mod common;
 
+use std::collections::HashSet;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -226,7 +227,14 @@ fn ring_size_that_is_no_power_of_two_is_refused() {
     for size in [0, 3, 100, 0x7fff, 0x8001, 0xffff] {
         let mut guest = daemon.guest(Setup::default());
         guest.stop_ring(0);
-        let answer = guest.message("SET_VRING_NUM", |front| front.set_vring_num(0, size));
+        let config = guest.ring_config(0);
+        let kick = guest.rings[0].kick.try_clone().expect("another descriptor");
+        // Refused at the latest when the ring would start.
+        let answer = guest
+            .message("SET_VRING_NUM", |front| front.set_vring_num(0, size))
+            .and_then(|()| guest.message("SET_VRING_ADDR", |f| f.set_vring_addr(0, &config)))
+            .and_then(|()| guest.message("SET_VRING_KICK", |f| f.set_vring_kick(0, &kick)))
+            .and_then(|()| guest.message("SET_VRING_ENABLE", |f| f.set_vring_enable(0, true)));
         assert!(answer.is_err(), "a ring of {size} entries was accepted");
         drop(guest);
         assert_serves(&disk, &mut daemon);
@@ -313,7 +321,8 @@ fn memory_that_its_file_does_not_have_is_refused() {
 fn memory_can_be_added_and_removed_while_a_ring_runs() {
     let (disk, daemon, mut guest) = small(&[], Setup::default());
     assert!(guest.must("GET_MAX_MEM_SLOTS", |front| front.get_max_mem_slots()) >= 8);
-    let (initial, extra, files) = (disk.initial(), guest.mem.extra(), daemon.open_files());
+    let (initial, extra) = (disk.initial(), guest.mem.extra());
+    let mut files = HashSet::new();
     let head = Buffer { addr: guest.mem.alloc_filled(16, 0), len: 16, writable: false };
     let data = Buffer { addr: EXTRA + 4096, len: 513, writable: true };
     for round in 0..10 {
@@ -332,9 +341,10 @@ fn memory_can_be_added_and_removed_while_a_ring_runs() {
         assert_bytes(&guest.mem.read(data.addr, SECTOR), want, "added memory");
         guest.read(100, 4096);
         guest.must("REM_MEM_REG", |front| front.remove_mem_region(&extra));
+        guest.read(100, 4096);
+        files.insert(daemon.open_files());
     }
-    guest.read(100, 4096);
-    assert_eq!(daemon.open_files(), files, "open files after adding and removing memory");
+    assert_eq!(files.len(), 1, "open files after each round: {files:?}");
 }
 
 #[test]
