@@ -168,8 +168,7 @@ fn indirect_table_over_the_boundary_of_two_regions_is_understood() {
     let head = Buffer { addr: guest.mem.alloc_filled(16, 0), len: 16, writable: false };
     guest.mem.write(head.addr, &header(0, 9));
     let data = Buffer { addr: guest.mem.alloc_filled(513, 1), len: 513, writable: true };
-    let table: Vec<u8> =
-        chain(&[head, data], &[0, 1]).into_iter().flat_map(Desc::bytes).collect();
+    let table: Vec<u8> = chain(&[head, data], &[0, 1]).into_iter().flat_map(Desc::bytes).collect();
     for before in [16, 8, 1, 20] {
         guest.mem.write(BOUNDARY - before, &table);
         // The write-only flag of a descriptor with a table means nothing (2.7.5.3.2).
@@ -213,8 +212,7 @@ fn rings_of_every_size_work() {
         // rings, so that slots are used again.
         for round in 0..6 {
             let batch = (guest.rings[0].room() / 2).clamp(1, 64);
-            let framing =
-                if bits == 0 { Framing::joined().indirect() } else { Framing::joined() };
+            let framing = if bits == 0 { Framing::joined().indirect() } else { Framing::joined() };
             for at in 0..batch {
                 let sector = to_u64(at * 8 + round);
                 guest.submit(0, &Request::write(sector, &pattern(1, sector, SECTOR)), &framing);
@@ -426,7 +424,8 @@ fn chain_of_more_than_four_gigabytes_is_refused() {
     let (disk, _daemon, mut guest) = small(Setup::default());
     let parts = Parts::new(&guest);
     // 65 times all of the memory, readable: legal lengths each, too many together.
-    let all = Buffer { addr: 0, len: to_u32(usize::try_from(END).expect("small")), writable: false };
+    let all =
+        Buffer { addr: 0, len: to_u32(usize::try_from(END).expect("small")), writable: false };
     let mut buffers = vec![parts.header];
     buffers.extend([all; 65]);
     buffers.push(parts.status);

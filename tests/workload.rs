@@ -97,7 +97,8 @@ fn partial_writes_to_one_cluster_from_several_queues_do_not_lose_each_other() {
         for index in 0..(8 * MIB / cluster).min(40) {
             let mut flying = vec![0; queues];
             // Every third sector stays as the base has it.
-            for sector in (index * sectors..(index + 1) * sectors).filter(|s| s % 3 != 0).take(120) {
+            for sector in (index * sectors..(index + 1) * sectors).filter(|s| s % 3 != 0).take(120)
+            {
                 let queue = rng.index(queues);
                 let data = pattern(index, sector, SECTOR);
                 let framing = Framing { indirect: rng.one_in(2), ..Framing::joined() };
