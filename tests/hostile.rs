@@ -266,7 +266,7 @@ fn publish(
         broken = break_chain(rng, &mut descs, &slots, entries);
     }
     let table: Vec<u8> = descs.iter().flat_map(|desc| desc.bytes()).collect();
-    let addr = guest.mem.buffer(table.len() + DESC_SIZE) & !15;
+    let addr = guest.mem.buffer(table.len() + DESC_SIZE).next_multiple_of(16);
     guest.mem.write(addr, &table);
     let flags = INDIRECT | if rng.one_in(4) { WRITE } else { 0 };
     let mut outer = Desc { addr, len: to_u32(table.len()), flags, next: 0xffff };

@@ -424,7 +424,7 @@ fn command_line_that_makes_no_sense_is_refused() {
         &["--socket-path", "sock", "--fd", "0"],
         &["--socket-path", "sock", "--num-queues", "0"],
         &["--socket-path", "sock", "--num-queues", "65"],
-        &["--socket-path", "sock", "--queue-size", "100"],
+        &["--socket-path", "sock", "--queue-size", "1"],
         &["--socket-path", "sock", "--serial", "123456789012345678901"],
         &["--socket-path", "sock", "--cache", "never"],
         &["--socket-path", "sock", "--unknown"],

@@ -7,9 +7,12 @@
 
 mod common;
 
+use std::collections::HashSet;
+use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use common::disk::{Daemon, Disk, Shape};
 use common::guest::{
@@ -24,6 +27,7 @@ use common::{KIB, MIB, SECTOR, TIMEOUT, assert_bytes, pattern, to_u64};
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Feature bit that may be offered besides the known ones: the largest segment.
@@ -226,7 +230,14 @@ fn ring_size_that_is_no_power_of_two_is_refused() {
     for size in [0, 3, 100, 0x7fff, 0x8001, 0xffff] {
         let mut guest = daemon.guest(Setup::default());
         guest.stop_ring(0);
-        let answer = guest.message("SET_VRING_NUM", |front| front.set_vring_num(0, size));
+        let config = guest.ring_config(0);
+        let kick = guest.rings[0].kick.try_clone().expect("another descriptor");
+        // Refused at the latest when the ring would start.
+        let answer = guest
+            .message("SET_VRING_NUM", |front| front.set_vring_num(0, size))
+            .and_then(|()| guest.message("SET_VRING_ADDR", |f| f.set_vring_addr(0, &config)))
+            .and_then(|()| guest.message("SET_VRING_KICK", |f| f.set_vring_kick(0, &kick)))
+            .and_then(|()| guest.message("SET_VRING_ENABLE", |f| f.set_vring_enable(0, true)));
         assert!(answer.is_err(), "a ring of {size} entries was accepted");
         drop(guest);
         assert_serves(&disk, &mut daemon);
@@ -313,7 +324,8 @@ fn memory_that_its_file_does_not_have_is_refused() {
 fn memory_can_be_added_and_removed_while_a_ring_runs() {
     let (disk, daemon, mut guest) = small(&[], Setup::default());
     assert!(guest.must("GET_MAX_MEM_SLOTS", |front| front.get_max_mem_slots()) >= 8);
-    let (initial, extra, files) = (disk.initial(), guest.mem.extra(), daemon.open_files());
+    let (initial, extra) = (disk.initial(), guest.mem.extra());
+    let mut files = HashSet::new();
     let head = Buffer { addr: guest.mem.alloc_filled(16, 0), len: 16, writable: false };
     let data = Buffer { addr: EXTRA + 4096, len: 513, writable: true };
     for round in 0..10 {
@@ -332,9 +344,87 @@ fn memory_can_be_added_and_removed_while_a_ring_runs() {
         assert_bytes(&guest.mem.read(data.addr, SECTOR), want, "added memory");
         guest.read(100, 4096);
         guest.must("REM_MEM_REG", |front| front.remove_mem_region(&extra));
+        guest.read(100, 4096);
+        files.insert(daemon.open_files());
     }
-    guest.read(100, 4096);
-    assert_eq!(daemon.open_files(), files, "open files after adding and removing memory");
+    assert_eq!(files.len(), 1, "open files after each round: {files:?}");
+}
+
+#[test]
+fn memory_regions_that_overlap_are_refused() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let mut guest = Guest::negotiate(daemon.connect(), Setup::default());
+    let mut table = guest.mem.table();
+    table[1].guest_phys_addr -= 0x1000;
+    let answer = guest.message("SET_MEM_TABLE", |front| front.set_mem_table(&table));
+    assert!(answer.is_err(), "overlap in SET_MEM_TABLE");
+    drop(guest);
+    let mut guest = daemon.guest(Setup::default());
+    let region = VhostUserMemoryRegionInfo { guest_phys_addr: 0x1000, ..guest.mem.extra() };
+    let answer = guest.message("ADD_MEM_REG", |front| front.add_mem_region(&region));
+    assert!(answer.is_err(), "overlap in ADD_MEM_REG");
+    drop(guest);
+    assert_serves(&disk, &mut daemon);
+}
+
+/// Files that are no eventfd: some are always ready, some never, some cannot be used so.
+fn odd_files(disk: &Disk) -> Vec<File> {
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (lonely, _) = std::io::pipe().expect("a pipe");
+    vec![
+        File::open("/dev/null").expect("a device"),
+        File::options().write(true).open("/dev/full").expect("a device"),
+        File::open(disk.path("base.img")).expect("a file"),
+        File::open(disk.path(".")).expect("a folder"),
+        File::from(OwnedFd::from(reader)),
+        File::from(OwnedFd::from(writer)),
+        File::from(OwnedFd::from(lonely)),
+    ]
+}
+
+/// Message code of SET_VRING_KICK.
+const SET_VRING_KICK: u32 = 12;
+/// Message code of SET_VRING_CALL.
+const SET_VRING_CALL: u32 = 13;
+
+#[test]
+fn kick_or_call_of_the_wrong_kind_does_no_harm() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&["--num-queues", "2"]);
+    for code in [SET_VRING_KICK, SET_VRING_CALL] {
+        for (at, file) in odd_files(&disk).into_iter().enumerate() {
+            let mut guest = daemon.guest(Setup::queues(2, 64));
+            if guest.set_ring_file(code, 0, &file) {
+                let request = Request::read(1, SECTOR);
+                guest.submit(0, &request, &Framing::joined());
+                guest.rings[0].kick_always();
+                // The other queue works, and the odd one can be stopped.
+                let reply = guest.request(1, &request, &Framing::joined());
+                assert_eq!(reply.status(), OK, "the other queue with file {at} for {code}");
+                guest.stop_ring(0);
+            }
+            drop(guest);
+            assert_serves(&disk, &mut daemon);
+        }
+    }
+    daemon.stop();
+}
+
+#[test]
+fn call_that_blocks_does_not_keep_the_daemon_from_ending() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let mut guest = daemon.guest(Setup::default());
+    // The counter of an eventfd that is not O_NONBLOCK is full: the next write waits for ever.
+    let full = EventFd::new(0).expect("an eventfd");
+    full.write(u64::MAX - 1).expect("fill it");
+    assert!(guest.set_ring_file(SET_VRING_CALL, 0, &full), "an eventfd is taken");
+    guest.submit(0, &Request::flush(), &Framing::joined());
+    guest.rings[0].kick_always();
+    std::thread::sleep(Duration::from_millis(50));
+    guest.stop_ring(0);
+    daemon.stop();
 }
 
 #[test]

@@ -8,6 +8,8 @@
 //! Relies on the front end of the `vhost` crate for the encoding of messages.
 
 use std::collections::HashMap;
+use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
@@ -17,6 +19,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::mem::Memory;
 use super::request::{Framing, IOERR, OK, Reply, Request, UNTOUCHED, lengths};
@@ -190,6 +193,8 @@ pub struct Guest {
     pub setup: Setup,
     /// Requests in flight by queue and head.
     pending: HashMap<(usize, u16), Pending>,
+    /// The socket once more, for messages that the encoder cannot express.
+    stream: UnixStream,
     /// The message encoder.
     front: FrontDebug,
     /// Bounds each message.
@@ -220,6 +225,7 @@ impl Guest {
     /// A guest that has negotiated features but told nothing about memory and rings.
     pub fn negotiate(stream: UnixStream, setup: Setup) -> Self {
         let watchdog = Watchdog::new(stream.try_clone().expect("another descriptor"));
+        let raw = stream.try_clone().expect("another descriptor");
         let front = FrontDebug(Frontend::from_stream(stream, 64));
         let mem = Arc::new(Memory::new());
         let mut guest = Self {
@@ -230,6 +236,7 @@ impl Guest {
             protocol: VhostUserProtocolFeatures::empty(),
             setup,
             pending: HashMap::new(),
+            stream: raw,
             front,
             watchdog,
         };
@@ -274,6 +281,23 @@ impl Guest {
         send: impl FnOnce(&mut Frontend) -> vhost::Result<T>,
     ) -> T {
         self.message(what, send).unwrap_or_else(|error| panic!("{what} refused: {error}"))
+    }
+
+    /// Gives ring `queue` a file of any kind as its kick (`code` 12) or its call (`code` 13);
+    /// whether the device took it.
+    pub fn set_ring_file(&mut self, code: u32, queue: u64, file: &impl AsRawFd) -> bool {
+        let need_reply = 8 | 1;
+        let mut message: Vec<u8> =
+            [code, need_reply, 8].into_iter().flat_map(u32::to_le_bytes).collect();
+        message.extend_from_slice(&queue.to_le_bytes());
+        self.stream.send_with_fds(&[&message[..]], &[file.as_raw_fd()]).expect("send a message");
+        self.stream.set_read_timeout(Some(TIMEOUT)).expect("a time limit");
+        let mut reply = [0; 20];
+        let got = self.stream.read_exact(&mut reply);
+        self.stream.set_read_timeout(None).expect("no time limit");
+        let gone = |error: &std::io::Error| error.kind() != std::io::ErrorKind::WouldBlock;
+        assert!(got.as_ref().err().is_none_or(gone), "no answer to message {code}");
+        got.is_ok() && reply[12..] == [0; 8]
     }
 
     /// Tells the device about ring `queue` and enables it.
