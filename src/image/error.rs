@@ -95,7 +95,10 @@ pub enum OpenError {
         source: FormatError,
     },
     /// The add-cow file ends before its bitmap does.
-    #[error("'{}' is truncated: {found} bytes, {needed} needed for its header and bitmap", path.display())]
+    #[error(
+        "'{}' is truncated: {found} bytes, {needed} needed for its header and bitmap",
+        path.display()
+    )]
     Truncated {
         /// The add-cow file.
         path: PathBuf,
@@ -115,7 +118,11 @@ pub enum OpenError {
         format: String,
     },
     /// Two files that must differ are one, perhaps under two names.
-    #[error("{first} '{}' and {second} '{}' are the same file", first_path.display(), second_path.display())]
+    #[error(
+        "{first} '{}' and {second} '{}' are the same file",
+        first_path.display(),
+        second_path.display()
+    )]
     SameFile {
         /// One role.
         first: FileRole,
@@ -162,7 +169,10 @@ pub enum OpenError {
         size: u64,
     },
     /// There is nothing to take the size of a new disk from.
-    #[error("no size is given for '{}', nor an image or a backing file to take it from", path.display())]
+    #[error(
+        "no size is given for '{}', nor an image or a backing file to take it from",
+        path.display()
+    )]
     SizeUnknown {
         /// The add-cow file that was to be made.
         path: PathBuf,

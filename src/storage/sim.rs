@@ -1,7 +1,7 @@
 //! A simulated disk: what the tests of the copy-on-write core run on.
 //!
-//! A [`SimDisk`] holds files with a volatile cache. A write lands in the cache; a sync makes durable
-//! what had completed when it was *called*; a power cut keeps of everything else any subset, sector
+//! A [`SimDisk`] holds files with a volatile cache. A write lands in the cache; a sync makes
+//! durable what had completed when it was *called*; a power cut keeps of everything else any subset, sector
 //! by sector. Operations take a random number of polls, so concurrent requests interleave, and any
 //! operation can be told to fail. Everything random comes from one seed.
 //!
@@ -188,8 +188,8 @@ impl SimDisk {
         }
     }
 
-    /// Lets operation number `index` (from 0, reads included) go wrong, and if `lasting` every later
-    /// one too.
+    /// Lets operation number `index` (from 0, reads included) go wrong, and if `lasting` every
+    /// later one too.
     pub fn set_fault(&self, index: u64, fault: Fault, lasting: bool) {
         let mut state = self.state.borrow_mut();
         state.fault = Some((index, fault));

@@ -1,8 +1,8 @@
 //! A queue's worker: takes chains, serves them, publishes, sleeps when there is nothing to do.
 //!
 //! One thread per queue, with a ring of its own for its I/O; queues share the image's state and
-//! nothing of this. The loop keeps the framework's thread until a pause is asked for, drains what it
-//! has taken, and leaves no request behind.
+//! nothing of this. The loop keeps the framework's thread until a pause is asked for, drains what
+//! it has taken, and leaves no request behind.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -2,8 +2,8 @@
 //!
 //! The framework changes rings from its control thread whenever a message says so, also while they
 //! run. Here each change goes through a [`Pause`]: the worker finishes what it has taken, gives its
-//! position back and leaves; then the change is made; then the worker may start again. So GET_VRING_BASE,
-//! a disabled ring, a device reset or a new kick find a ring at rest, and outside the worker's loop
+//! position back and leaves; then the change is made; then the worker may start again. So
+//! GET_VRING_BASE, a disabled ring, a device reset or a new kick find a ring at rest, and outside the worker's loop
 //! no request is ever in flight.
 //!
 //! The framework gets an eventfd of ours in place of the kick. It is how a paused worker is started

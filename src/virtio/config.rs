@@ -1,4 +1,5 @@
-//! The device configuration: feature bits and `struct virtio_blk_config` (VIRTIO 1.3, 5.2.3, 5.2.4).
+//! The device configuration: feature bits and `struct virtio_blk_config` (VIRTIO 1.3, 5.2.3 and
+//! 5.2.4).
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
