@@ -1,8 +1,8 @@
 //! Descriptor chains: walking them, strictly.
 //!
 //! Follows VIRTIO 1.3, 2.7.4 and 2.7.5. A chain that breaks a rule is refused whole: half of a
-//! chain would look like a shorter good one, and the status byte would land in the guest's data. Each
-//! descriptor is read once, and a walk is bounded whatever the guest writes.
+//! chain would look like a shorter good one, and the status byte would land in the guest's data.
+//! Each descriptor is read once, and a walk is bounded whatever the guest writes.
 //!
 //! Not here: what the bytes of a chain mean (`request`).
 

@@ -1,8 +1,8 @@
 //! Requests: what a chain asks for, and how it is answered.
 //!
 //! Any framing is legal (VIRTIO 1.3, 2.7.4.3): the header is the first 16 device-readable bytes,
-//! the status is the last device-writable byte, whatever descriptors they lie in. A request that was
-//! taken is answered through its [`Completion`], which is used up by answering.
+//! the status is the last device-writable byte, whatever descriptors they lie in. A request that
+//! was taken is answered through its [`Completion`], which is used up by answering.
 //!
 //! Not here: doing what is asked (`device`).
 
