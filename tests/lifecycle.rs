@@ -379,15 +379,6 @@ fn socket_path_of_a_live_daemon_is_refused_and_that_daemon_goes_on() {
 }
 
 #[test]
-fn disk_that_a_daemon_holds_is_refused_to_a_second_one() {
-    let (disk, _daemon, mut guest) = small(Setup::default());
-    let output = disk.run(&["--blk-file", "disk.add-cow", "--socket-path", "sock2"]);
-    assert_refused(&output, "a disk in use");
-    assert!(!disk.path("sock2").exists(), "no socket file is left");
-    guest.write(0, &pattern(1, 0, SECTOR));
-}
-
-#[test]
 fn file_that_is_no_socket_is_not_replaced() {
     let disk = Disk::small();
     std::fs::write(disk.path("precious"), b"do not touch").expect("a file");

@@ -2,8 +2,8 @@
 //!
 //! The copy-on-write core (`image`) is written once against the trait [`Storage`] and runs on three
 //! engines: [`uring`] (the daemon), [`mod@file`] (the tool, blocking) and [`sim`] (tests: a disk
-//! with a volatile cache, faults and power cuts). What every caller wants on top of a bare engine, whole
-//! transfers, alignment, zeroing, is in [`transfer`], once for all of them.
+//! with a volatile cache, faults and power cuts). What every caller wants on top of a bare engine,
+//! whole transfers, alignment, zeroing, is in [`transfer`], once for all of them.
 //!
 //! Not here: which file holds what, and in which order files are synced. That is the business of
 //! `image`, and the order is its promise.
