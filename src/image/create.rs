@@ -38,6 +38,11 @@ const MAX_DEFAULT_CLUSTERS: u64 = 8 * (32 << 20);
 
 const _: () = assert!(MAX_DEFAULT_CLUSTERS << MIN_CLUSTER_BITS == 1 << 40);
 
+/// The largest bitmap of a new disk, in bytes: it is held in memory when the disk is opened, and
+/// written at once when the disk has no backing file. 2^33 clusters: 32 TiB of disk with clusters
+/// of 4 KiB, 16 PiB with 2 MiB.
+const MAX_NEW_BITMAP: u64 = 1 << 30;
+
 /// How much of the bitmap is written at once, in words of 8 bytes.
 const CHUNK_WORDS: u64 = (1 << 20) / 8;
 
@@ -194,8 +199,7 @@ impl<'a> Plan<'a> {
             all_allocated: options.backing.is_none(),
             compat_features: 0,
         };
-        let geometry =
-            BitmapGeometry::new(cluster_size, size).map_err(header_error(&options.path))?;
+        let geometry = new_geometry(&options.path, cluster_size, size)?;
         Ok(Self { options, header, geometry, image_path, image, backing })
     }
 
@@ -414,6 +418,20 @@ fn choose_size(
         return Err(OpenError::ImageTooLong { path, len: image_len, size });
     }
     Ok(size)
+}
+
+/// The bitmap of a new disk of `size` bytes.
+fn new_geometry(
+    path: &Path,
+    cluster_size: ClusterSize,
+    size: u64,
+) -> Result<BitmapGeometry, OpenError> {
+    let geometry = BitmapGeometry::new(cluster_size, size).map_err(header_error(path))?;
+    let (len, max) = (geometry.padded_len(), MAX_NEW_BITMAP);
+    if len > max {
+        return Err(OpenError::BitmapTooLarge { size, cluster: cluster_size.bytes(), len, max });
+    }
+    Ok(geometry)
 }
 
 /// Makes an [`OpenError::Header`].

@@ -168,6 +168,21 @@ pub enum OpenError {
         /// The size that was asked for, in bytes.
         size: u64,
     },
+    /// The disk has more clusters than one bitmap should hold.
+    #[error(
+        "disk of {size} bytes has too many clusters of {cluster} bytes: \
+         its bitmap would have {len} bytes; the limit is {max}"
+    )]
+    BitmapTooLarge {
+        /// The size that was asked for, in bytes.
+        size: u64,
+        /// The cluster size, in bytes.
+        cluster: u64,
+        /// Length of the bitmap, in bytes.
+        len: u64,
+        /// The limit, in bytes.
+        max: u64,
+    },
     /// There is nothing to take the size of a new disk from.
     #[error(
         "no size is given for '{}', nor an image or a backing file to take it from",

@@ -36,12 +36,15 @@
 //! ```
 
 pub mod allocation;
+pub mod check;
 pub mod cluster_lock;
 pub mod create;
 pub mod error;
 pub mod extent;
 pub mod flush;
+pub mod inspect;
 pub mod load;
+pub mod map;
 pub mod open;
 mod read;
 mod write;

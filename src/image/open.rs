@@ -141,7 +141,7 @@ pub(super) fn open_file(
 }
 
 /// Opens the backing file, if the disk has one and needs it.
-fn open_backing(
+pub(super) fn open_backing(
     header: &Header,
     folder: &Path,
     cache: CacheMode,
@@ -193,7 +193,7 @@ pub(super) fn file_len(role: FileRole, file: &HostFile) -> Result<u64, OpenError
 }
 
 /// Length of the raw image in bytes, as far as it goes in whole sectors.
-fn sectors_of(raw: &HostFile) -> Result<u64, OpenError> {
+pub(super) fn sectors_of(raw: &HostFile) -> Result<u64, OpenError> {
     let len = file_len(FileRole::Raw, raw)?;
     if len < SECTOR_SIZE {
         return Err(OpenError::EmptyImage { path: raw.path().to_owned() });

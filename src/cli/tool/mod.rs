@@ -4,12 +4,18 @@
 //!
 //! Not here: the work itself (`image`).
 
+mod check;
 mod create;
+mod info;
+mod map;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::output::Output;
 
 /// The program's name in its messages.
 const PROGRAM: &str = "addcow";
@@ -28,11 +34,46 @@ struct Arguments {
 enum Verb {
     /// Make a new disk
     Create(create::Arguments),
+    /// Show what a disk is made of
+    Info(info::Arguments),
+    /// Look for errors in an add-cow file
+    Check(check::Arguments),
+    /// Show where the bytes of a disk are
+    Map(map::Arguments),
+}
+
+/// What every verb on an existing disk takes.
+#[derive(Debug, Args)]
+struct DiskArguments {
+    /// Format of the disk; never found out from its content
+    #[arg(short, long, value_name = "FMT", default_value = "add-cow")]
+    format: DiskFormat,
+    /// How the result is shown
+    #[arg(long, value_name = "FORM", default_value = "human")]
+    output: Output,
+    /// Accepted for the sake of qemu-img: disks are not locked yet
+    #[arg(short = 'U', long)]
+    force_share: bool,
+    /// The disk: its add-cow file, or with -f raw a raw image
+    #[arg(value_name = "DISK")]
+    disk: PathBuf,
+}
+
+/// The format of a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DiskFormat {
+    /// An add-cow file, which names the other files.
+    AddCow,
+    /// A plain raw image.
+    Raw,
 }
 
 /// Runs the tool with the arguments of its process, the program's own name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     super::run(PROGRAM, arguments, |arguments: Arguments| match arguments.verb {
         Verb::Create(arguments) => create::run(arguments),
+        Verb::Info(arguments) => info::run(&arguments),
+        Verb::Check(arguments) => check::run(&arguments),
+        Verb::Map(arguments) => map::run(&arguments),
     })
 }

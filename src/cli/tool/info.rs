@@ -1,0 +1,215 @@
+//! `addcow info`: what a disk is made of.
+//!
+//! Shows everything but the backing file's own facts even where the backing file is missing.
+//!
+//! Not here: whether all is well (`check`).
+
+use std::error::Error;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{DiskArguments, DiskFormat};
+use crate::cli::Outcome;
+use crate::cli::output::{Output, human_size, printable, write_json};
+use crate::image::OpenError;
+use crate::image::inspect::DiskFiles;
+use crate::image::open::{OpenOptions, RAW_FORMAT, raw};
+use crate::storage::host_file::{Access, HostFile};
+
+/// The command line of `addcow info`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Which disk, and how to show it.
+    #[command(flatten)]
+    disk: DiskArguments,
+    /// Show the backing file too, which must then be there
+    #[arg(short, long)]
+    backing_chain: bool,
+}
+
+/// The facts about one file of a chain; the keys are those of qemu-img.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Info {
+    /// Bytes that a guest sees.
+    virtual_size: u64,
+    /// The file's name as given, or as the header leads to it.
+    filename: String,
+    /// Its format.
+    format: &'static str,
+    /// Bytes that this one file takes on its file system.
+    actual_size: u64,
+    /// Bytes in a cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster_size: Option<u64>,
+    /// The backing file's name as stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename: Option<String>,
+    /// The backing file's name as it is looked up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_backing_filename: Option<String>,
+    /// The backing file's format as stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    backing_filename_format: Option<String>,
+    /// Whether the disk needs repair before it is used: never, by design of the format.
+    dirty_flag: bool,
+    /// What only add-cow has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    format_specific: Option<FormatSpecific>,
+}
+
+/// What only one format has.
+#[derive(Debug, Serialize)]
+struct FormatSpecific {
+    /// The format.
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// Its facts.
+    data: AddCowInfo,
+}
+
+/// What only add-cow has.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct AddCowInfo {
+    /// The raw image's name as stored.
+    image_filename: String,
+    /// The raw image's format as stored.
+    image_format: String,
+    /// The raw image's name as it is looked up.
+    full_image_filename: String,
+    /// Bytes that the raw image takes on its file system.
+    image_actual_size: u64,
+    /// Whether the header says that every cluster is in the raw image.
+    all_allocated: bool,
+    /// The header's word of compatible features.
+    compat_features: u64,
+    /// Clusters in the raw image.
+    allocated_clusters: u64,
+    /// Clusters of the disk.
+    total_clusters: u64,
+}
+
+/// Shows a disk.
+pub fn run(arguments: &Arguments) -> Outcome {
+    let path = &arguments.disk.disk;
+    let chain = match arguments.disk.format {
+        DiskFormat::Raw => vec![raw_info(&raw(path, OpenOptions::READ_ONLY)?.raw)?],
+        DiskFormat::AddCow => {
+            let disk = DiskFiles::open(path, Access::ReadOnly)?;
+            let mut chain = vec![add_cow_info(path, &disk)?];
+            if arguments.backing_chain
+                && let Some(backing) = disk.open_backing()?
+            {
+                chain.push(raw_info(&backing)?);
+            }
+            chain
+        }
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
+    match (arguments.disk.output, chain.as_slice()) {
+        (Output::Json, [info]) if !arguments.backing_chain => write_json(&mut out, info)?,
+        (Output::Json, chain) => write_json(&mut out, &chain)?,
+        (Output::Human, chain) => {
+            for (index, info) in chain.iter().enumerate() {
+                if index > 0 {
+                    writeln!(out)?;
+                }
+                write_human(&mut out, info)?;
+            }
+        }
+    }
+    out.flush()?;
+    Ok(0)
+}
+
+/// The facts about an add-cow disk.
+fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, Box<dyn Error>> {
+    let header = &disk.header;
+    let shown = |name: &Path| name.display().to_string();
+    let data = AddCowInfo {
+        image_filename: shown(header.image.name.as_ref()),
+        image_format: header.image.format.clone(),
+        full_image_filename: shown(disk.raw.path()),
+        image_actual_size: disk.raw.allocated_len()?,
+        all_allocated: header.all_allocated,
+        compat_features: header.compat_features,
+        allocated_clusters: disk.allocated_clusters()?,
+        total_clusters: disk.geometry.clusters(),
+    };
+    let backing = header.backing.as_ref();
+    Ok(Info {
+        virtual_size: disk.geometry.virtual_size(),
+        filename: shown(path),
+        format: "add-cow",
+        actual_size: disk.side.allocated_len()?,
+        cluster_size: Some(header.cluster_size.bytes()),
+        backing_filename: backing.map(|file| shown(file.name.as_ref())),
+        full_backing_filename: disk.backing_path.as_deref().map(shown),
+        backing_filename_format: backing.map(|file| file.format.clone()),
+        dirty_flag: false,
+        format_specific: Some(FormatSpecific { kind: "add-cow", data }),
+    })
+}
+
+/// The facts about a raw image or a raw backing file.
+fn raw_info(file: &HostFile) -> Result<Info, OpenError> {
+    let error = |source| OpenError::Io {
+        action: "get the size of",
+        role: crate::image::FileRole::Raw,
+        path: file.path().to_owned(),
+        source,
+    };
+    Ok(Info {
+        virtual_size: file.len().map_err(error)?,
+        filename: file.path().display().to_string(),
+        format: RAW_FORMAT,
+        actual_size: file.allocated_len().map_err(error)?,
+        cluster_size: None,
+        backing_filename: None,
+        full_backing_filename: None,
+        backing_filename_format: None,
+        dirty_flag: false,
+        format_specific: None,
+    })
+}
+
+/// Writes the facts in words.
+fn write_human(out: &mut impl Write, info: &Info) -> io::Result<()> {
+    writeln!(out, "image: {}", printable(&info.filename))?;
+    writeln!(out, "file format: {}", info.format)?;
+    let size = info.virtual_size;
+    writeln!(out, "virtual size: {} ({size} bytes)", human_size(size))?;
+    writeln!(out, "disk size: {}", human_size(info.actual_size))?;
+    if let Some(cluster_size) = info.cluster_size {
+        writeln!(out, "cluster_size: {cluster_size}")?;
+    }
+    if let (Some(name), Some(full)) = (&info.backing_filename, &info.full_backing_filename) {
+        writeln!(out, "backing file: {}", name_and_path(name, full))?;
+    }
+    if let Some(format) = &info.backing_filename_format {
+        writeln!(out, "backing file format: {}", printable(format))?;
+    }
+    let Some(FormatSpecific { data, .. }) = &info.format_specific else { return Ok(()) };
+    writeln!(out, "Format specific information:")?;
+    let image = name_and_path(&data.image_filename, &data.full_image_filename);
+    writeln!(out, "    image file: {image}")?;
+    writeln!(out, "    image format: {}", printable(&data.image_format))?;
+    writeln!(out, "    image disk size: {}", human_size(data.image_actual_size))?;
+    writeln!(out, "    all allocated: {}", data.all_allocated)?;
+    writeln!(out, "    compat features: {:#x}", data.compat_features)?;
+    let (allocated, total) = (data.allocated_clusters, data.total_clusters);
+    writeln!(out, "    allocated clusters: {allocated} of {total}")
+}
+
+/// A name as stored, and where it leads if that is somewhere else.
+fn name_and_path(name: &str, full: &str) -> String {
+    if name == full {
+        printable(name)
+    } else {
+        format!("{} (actual path: {})", printable(name), printable(full))
+    }
+}

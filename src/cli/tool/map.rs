@@ -1,0 +1,151 @@
+//! `addcow map`: where the bytes of a disk are.
+//!
+//! JSON covers the whole disk without a gap, one entry a line; words name only what has data in a
+//! file, as qemu-img does. Entries are written as they are found, so memory does not grow with them.
+//!
+//! Not here: finding them (`image::map`).
+
+use std::error::Error;
+use std::ffi::OsString;
+use std::io::{self, BufWriter, Write};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{DiskArguments, DiskFormat};
+use crate::cli::output::{Output, printable};
+use crate::cli::{Outcome, size};
+use crate::image::extent::ExtentKind;
+use crate::image::map::{Piece, visit};
+use crate::image::open::{OpenImage, OpenOptions, add_cow, raw};
+use crate::units::ByteRange;
+
+/// The command line of `addcow map`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Which disk, and how to show the result.
+    #[command(flatten)]
+    disk: DiskArguments,
+    /// The first byte to show
+    #[arg(short, long, value_name = "SIZE")]
+    start_offset: Option<OsString>,
+    /// How many bytes to show at most
+    #[arg(short = 'l', long, value_name = "SIZE")]
+    max_length: Option<OsString>,
+}
+
+/// A piece of the disk; the keys are those of qemu-img.
+#[derive(Debug, Serialize)]
+struct Entry {
+    /// Its first byte.
+    start: u64,
+    /// Its length in bytes.
+    length: u64,
+    /// How many files down the chain its bytes are.
+    depth: u32,
+    /// Whether a file of the chain has them.
+    present: bool,
+    /// Whether they read as zeros without being stored.
+    zero: bool,
+    /// Whether they are stored.
+    data: bool,
+    /// Whether they are stored compressed: never.
+    compressed: bool,
+    /// Where in that file they are, if one has them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    offset: Option<u64>,
+}
+
+/// Shows where the bytes of a disk are.
+pub fn run(arguments: &Arguments) -> Outcome {
+    let range = range_of(arguments)?;
+    let path = &arguments.disk.disk;
+    let image = match arguments.disk.format {
+        DiskFormat::AddCow => add_cow(path, OpenOptions::READ_ONLY)?,
+        DiskFormat::Raw => raw(path, OpenOptions::READ_ONLY)?,
+    };
+    let mut out = BufWriter::new(io::stdout().lock());
+    match arguments.disk.output {
+        Output::Json => write_json(&mut out, &image, range)?,
+        Output::Human => write_human(&mut out, &image, range)?,
+    }
+    out.flush()?;
+    Ok(0)
+}
+
+/// The range asked for.
+fn range_of(arguments: &Arguments) -> Result<ByteRange, size::SizeError> {
+    let bytes = |text: &Option<OsString>, default| {
+        text.as_ref().map_or(Ok(default), |text| size::parse(&text.to_string_lossy()))
+    };
+    let start = bytes(&arguments.start_offset, 0)?;
+    let len = bytes(&arguments.max_length, u64::MAX)?;
+    Ok(ByteRange::between(start, start.saturating_add(len)))
+}
+
+/// The entry for a piece.
+fn entry(piece: Piece) -> Entry {
+    let (depth, present) = match piece.kind {
+        ExtentKind::Data => (0, true),
+        ExtentKind::Backing => (1, true),
+        // Past the end of the backing file, or without one: nobody has it, and qemu-img counts
+        // that as the top's business.
+        ExtentKind::Zero => (0, false),
+    };
+    Entry {
+        start: piece.range.start(),
+        length: piece.range.len(),
+        depth,
+        present,
+        zero: piece.hole,
+        data: !piece.hole,
+        compressed: false,
+        offset: present.then_some(piece.range.start()),
+    }
+}
+
+/// Writes all entries as a JSON array, one a line.
+fn write_json(
+    out: &mut impl Write,
+    image: &OpenImage,
+    range: ByteRange,
+) -> Result<(), Box<dyn Error>> {
+    let mut separator = "[";
+    visit(image, range, |piece| {
+        write!(out, "{separator}")?;
+        separator = ",\n";
+        serde_json::to_writer(&mut *out, &entry(piece)).map_err(io::Error::from)?;
+        Ok::<(), Box<dyn Error>>(())
+    })?;
+    // Nothing in the range: the bracket is still to come.
+    write!(out, "{}", if separator == "[" { "[]\n" } else { "]\n" })?;
+    Ok(())
+}
+
+/// Writes the entries that have data in a file as a table.
+fn write_human(
+    out: &mut impl Write,
+    image: &OpenImage,
+    range: ByteRange,
+) -> Result<(), Box<dyn Error>> {
+    writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
+    visit(image, range, |piece| {
+        let file = match piece.kind {
+            _ if piece.hole => None,
+            ExtentKind::Data => Some(&image.raw),
+            ExtentKind::Backing => image.backing.as_ref(),
+            ExtentKind::Zero => None,
+        };
+        if let Some(file) = file {
+            let (start, len) = (hex(piece.range.start()), hex(piece.range.len()));
+            let name = printable(&file.path().display().to_string());
+            writeln!(out, "{start:<16}{len:<16}{start:<16}{name}")?;
+        }
+        Ok::<(), Box<dyn Error>>(())
+    })
+}
+
+/// A number in hexadecimal; 0 as just that, as the table of qemu-img has it.
+fn hex(number: u64) -> String {
+    if number == 0 { "0".to_owned() } else { format!("{number:#x}") }
+}
