@@ -19,6 +19,8 @@ build_release() {
         (cd "$repo" && logged build cargo build --release --locked)
         bin_dir=$(release_dir)
     fi
-    [ -x "$bin_dir/addcow" ] && [ -x "$bin_dir/addcowd" ] || die "no addcow and addcowd in $bin_dir"
+    if [ ! -x "$bin_dir/addcow" ] || [ ! -x "$bin_dir/addcowd" ]; then
+        die "no addcow and addcowd in $bin_dir"
+    fi
     PATH=$bin_dir:$PATH
 }

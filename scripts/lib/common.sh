@@ -101,5 +101,6 @@ logged() {
     fi
 }
 logged_pid=
+at_exit stop_logged
 # The command that `logged` runs must not outlive an interrupted script.
-at_exit '[ -z "$logged_pid" ] || stop_process "$logged_pid" 5'
+stop_logged() { [ -z "$logged_pid" ] || stop_process "$logged_pid" 5; }

@@ -5,6 +5,7 @@
 # checks, asks the host to restart the daemons, verifies, writes on. Leaves /manifest-DISK on the root
 # disk and the file systems for the next boot (verify.sh). Any failure ends the job.
 set -eu
+# shellcheck source=tests/guest/lib.sh
 . /run/job.lib
 
 # Fills the mounted file system of disk $1 with part of Debian and with odd sizes.
@@ -20,8 +21,7 @@ fill() {
 remember() { (cd "/mnt/$1" && find . -type f -exec sha256sum {} +) >"/manifest-$1"; }
 
 for disk in $(cow_disks); do
-    device=$(device_of "$disk")
-    mkfs.ext4 -q -F "$device"
+    mkfs.ext4 -q -F "$(device_of "$disk")"
     mount_disk "$disk"
     fill "$disk" first
     fill "$disk" second
@@ -31,7 +31,7 @@ for disk in $(cow_disks); do
     fill "$disk" third
     remember "$disk"
     umount "/mnt/$disk"
-    e2fsck -fn "$device" >/dev/null
+    check_file_system "$disk"
     mount_disk "$disk"
     verify "$disk"
 done
@@ -48,7 +48,7 @@ for disk in $(cow_disks); do
     fstrim -v "/mnt/$disk"
     remember "$disk"
     umount "/mnt/$disk"
-    e2fsck -fn "$(device_of "$disk")" >/dev/null
+    check_file_system "$disk"
     mount_disk "$disk"
     verify "$disk"
     umount "/mnt/$disk"

@@ -32,3 +32,12 @@ verify() {
     (cd "/mnt/$1" && sha256sum --quiet -c "/manifest-$1")
     echo "$1: $(wc -l <"/manifest-$1") files are whole"
 }
+
+# check_file_system DISK: e2fsck finds nothing to repair in the unmounted file system.
+check_file_system() {
+    if ! e2fsck -fn "$(device_of "$1")" >/tmp/e2fsck.log 2>&1; then
+        cat /tmp/e2fsck.log
+        echo "$1: e2fsck has found faults"
+        return 1
+    fi
+}

@@ -11,12 +11,11 @@
 # is not determined.
 use strict;
 use warnings;
-use Fcntl;
+use Fcntl qw(O_RDWR O_DIRECT);
 use IO::Handle;
 
 use constant {
     SECTOR => 512,
-    O_DIRECT => 0x4000,
     BLKDISCARD => 0x1277,
     BLKZEROOUT => 0x127f,
     SYS_FALLOCATE => 285,
