@@ -76,29 +76,34 @@ stop_process() {
 # Prints the end of a log, indented, for a failure message.
 show_log_end() { [ -f "$1" ] && tail -n "${2:-25}" "$1" | sed 's/^/    | /' >&2; return 0; }
 
-# logged NAME COMMAND...: runs COMMAND with its output in $log_dir/NAME.log, shows a sign of life
-# every 15 seconds, and on failure shows the end of the log and ends the script.
+# logged NAME COMMAND...: runs COMMAND with its output in $log_dir/NAME.log and shows a sign of life
+# every 15 seconds. On failure it shows the end of the log and ends the script.
 logged() {
-    local name=$1 log pid begin=$SECONDS next=15 status=0
+    local status=0
+    try_logged "$@" || status=$?
+    if [ "$status" -ne 0 ]; then
+        show_log_end "$log_dir/$1.log"
+        die "\`$2\` ended with status $status; whole log: $log_dir/$1.log"
+    fi
+}
+
+# try_logged NAME COMMAND...: the same, but a failure is only returned.
+try_logged() {
+    local log=$log_dir/$1.log begin=$SECONDS next=15 status=0
     shift
-    log=$log_dir/$name.log
     mkdir -p "$log_dir"
     "$@" >"$log" 2>&1 </dev/null &
-    pid=$!
-    logged_pid=$pid
-    while kill -0 "$pid" 2>/dev/null; do
+    logged_pid=$!
+    while kill -0 "$logged_pid" 2>/dev/null; do
         sleep 0.2
         if [ $((SECONDS - begin)) -ge "$next" ]; then
             note "... $((SECONDS - begin)) s: $(tail -n 1 "$log" | tr -d '\r' | cut -c1-80)"
             next=$((next + 15))
         fi
     done
-    wait "$pid" || status=$?
+    wait "$logged_pid" || status=$?
     logged_pid=
-    if [ "$status" -ne 0 ]; then
-        show_log_end "$log"
-        die "\`$1\` ended with status $status; whole log: $log"
-    fi
+    return "$status"
 }
 logged_pid=
 at_exit stop_logged

@@ -7,17 +7,25 @@
 
 apt_updated=no
 
-# apt_install PACKAGE...: installs the packages without asking anything.
+# apt_install [--try] PACKAGE...: installs the packages without asking anything. With --try a failure
+# is returned, else it ends the script.
 apt_install() {
+    local how=logged
+    if [ "$1" = --try ]; then
+        how=try_logged
+        shift
+    fi
     [ "$(id -u)" -eq 0 ] || die "missing: $*; run as root, or run: apt-get install $*"
     command -v apt-get >/dev/null || die "missing: $*; and this machine has no apt-get"
     if [ "$apt_updated" = no ]; then
         note "reading the package lists (apt-get update)"
-        logged apt-update apt-get -q update
+        # One of the machine's other package sources may be out of order; apt-get install tells.
+        try_logged apt-update apt-get -q update ||
+            warn "apt-get update failed, going on; its log: $log_dir/apt-update.log"
         apt_updated=yes
     fi
     note "installing with apt: $*"
-    logged apt-install env DEBIAN_FRONTEND=noninteractive \
+    "$how" "apt-install-$1" env DEBIAN_FRONTEND=noninteractive \
         apt-get -q -y --no-install-recommends -o DPkg::Lock::Timeout=300 install "$@"
 }
 
@@ -57,7 +65,7 @@ need_rust() {
         apt_install rustc-web cargo-web
         hash -r
         PATH=/usr/bin:$PATH
-        (apt_install rustfmt-web rust-web-clippy) || warn "no rustfmt and clippy from apt"
+        apt_install --try rustfmt-web rust-web-clippy || warn "no rustfmt and clippy from apt"
     fi
     rust_is_usable || die "no Rust $(rust_minimum) or newer; found: $(rustc --version 2>&1)"
     note "$(cargo --version), $(rustc --version)"
