@@ -52,7 +52,7 @@ make_root_folder() {
     for path in "${dropped[@]}"; do options+=("--dpkgopt=path-exclude=$path/*"); done
     # The kernel is unpacked, not installed: installing it would build an initramfs nobody needs.
     # shellcheck disable=SC2016  # the hook's own shell expands it
-    mmdebstrap --variant=minbase --include=busybox-static "${options[@]}" \
+    mmdebstrap --variant=minbase --include=busybox-static,kmod "${options[@]}" \
         --customize-hook='chroot "$1" sh -ec "
             cd /var/tmp
             kernel=\$(apt-cache depends linux-image-cloud-amd64 | sed -n \"s/.*Depends: //p\")
@@ -60,7 +60,8 @@ make_root_folder() {
             dpkg-deb -x linux-image-*.deb /var/tmp/kernel
             cp -a kernel/boot kernel/lib /usr/
             mv /usr/boot/* /boot/
-            rm -r /usr/boot kernel linux-image-*.deb"' \
+            rm -r /usr/boot kernel linux-image-*.deb
+            depmod \$(ls /usr/lib/modules)"' \
         "$image_suite" "$root" ${ADDCOW_MIRROR:+"$ADDCOW_MIRROR"}
     install -m 755 "$repo/scripts/lib/guest-init" "$root/usr/sbin/init"
     echo addcow-guest >"$root/etc/hostname"
