@@ -140,6 +140,12 @@ impl<F: Future> TaskPool<F> {
         polled
     }
 
+    /// Whether a task wants to be polled.
+    #[must_use]
+    pub fn has_ready(&self) -> bool {
+        self.ready.words.iter().any(|word| word.load(Ordering::Relaxed) != 0)
+    }
+
     /// Announces sleep. Returns whether the owner may sleep: no task is ready, and any that becomes
     /// ready from now on rings the bell. Call [`TaskPool::awake`] afterwards.
     #[must_use]

@@ -10,6 +10,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use rustix::net::sockopt::socket_acceptconn;
@@ -100,6 +101,11 @@ struct Arguments {
     /// segments a request may have (N - 2). Larger and smaller queues work too.
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = parse_queue_size)]
     queue_size: u16,
+    /// The longest that a queue stays awake for the next request, in microseconds, 0 to 1000. It
+    /// adapts: a driver whose requests come further apart costs nothing.
+    #[arg(long, value_name = "N", default_value_t = 50,
+          value_parser = clap::value_parser!(u64).range(0..=1000))]
+    poll_us: u64,
     /// Serial number of the disk, at most 20 bytes of ASCII; the guest sees it in /dev/disk/by-id.
     #[arg(long, value_name = "S", default_value = "", value_parser = parse_serial)]
     serial: String,
@@ -169,7 +175,8 @@ fn serve(arguments: &Arguments) -> Outcome {
     };
     log::info!("{}: serving {} bytes", arguments.blk_file.display(), image.state.virtual_size());
     let writeback = arguments.cache != Cache::Writethrough;
-    let result = Export::new(image, config, writeback, stop).serve(socket.endpoint);
+    let poll_limit = Duration::from_micros(arguments.poll_us);
+    let result = Export::new(image, config, writeback, poll_limit, stop).serve(socket.endpoint);
     if let Some(path) = socket.created
         && let Err(error) = std::fs::remove_file(&path)
     {

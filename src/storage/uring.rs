@@ -33,6 +33,9 @@ use crate::units::ByteRange;
 /// does not fit (IORING_FEAT_NODROP), so this bounds a batch and nothing else.
 const RING_ENTRIES: u32 = 256;
 
+/// Files that a ring can register; a disk has three. Further ones work too, a little slower.
+const MAX_FILES: u32 = 16;
+
 /// Marks the user data of a watched descriptor; the low bits are its token.
 const WATCH_BIT: u64 = 1 << 63;
 
@@ -87,6 +90,8 @@ struct Inner {
     in_flight: usize,
     /// Watched descriptors.
     watches: Vec<Watch>,
+    /// Files that were registered; their number in the kernel's table is their index here.
+    files: Vec<Arc<HostFile>>,
 }
 
 /// An io_uring instance of one thread.
@@ -119,15 +124,26 @@ impl Ring {
                 Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
                 _ => Err(error),
             })?;
-        let inner =
-            Inner { uring, slots: Vec::new(), free: Vec::new(), in_flight: 0, watches: Vec::new() };
+        // Registered files spare the kernel a look-up per operation. Optional.
+        if let Err(error) = uring.submitter().register_files_sparse(MAX_FILES) {
+            log::debug!("io_uring: no registered files: {error}");
+        }
+        let inner = Inner {
+            uring,
+            slots: Vec::new(),
+            free: Vec::new(),
+            in_flight: 0,
+            watches: Vec::new(),
+            files: Vec::new(),
+        };
         Ok(Rc::new(Self { inner: RefCell::new(inner) }))
     }
 
     /// Storage on `file` whose I/O goes through this ring.
     #[must_use]
     pub fn storage(self: &Rc<Self>, file: Arc<HostFile>) -> UringStorage {
-        UringStorage { ring: Rc::clone(self), file }
+        let target = self.inner.borrow_mut().register(&file);
+        UringStorage { ring: Rc::clone(self), file, target }
     }
 
     /// Reports `token` from [`Ring::reap`] whenever somebody writes to the eventfd `fd`, and once
@@ -148,12 +164,30 @@ impl Ring {
         self.inner.borrow().in_flight
     }
 
-    /// Hands over what is queued, without waiting.
+    /// Hands over what is queued, without waiting. No system call if there is nothing to do.
     ///
     /// # Errors
     /// What io_uring_enter(2) said; nothing is lost, and it may be called again.
     pub fn submit(&self) -> io::Result<()> {
-        retry_interrupted(|| self.inner.borrow().uring.submit())
+        let mut inner = self.inner.borrow_mut();
+        let queue = inner.uring.submission();
+        if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+            return Ok(());
+        }
+        drop(queue);
+        retry_interrupted(|| inner.uring.submit())
+    }
+
+    /// Whether [`Ring::submit`] and [`Ring::reap`] would find something to do.
+    #[must_use]
+    pub fn has_work(&self) -> bool {
+        let mut inner = self.inner.borrow_mut();
+        let queue = inner.uring.submission();
+        if !queue.is_empty() || queue.taskrun() || queue.cq_overflow() {
+            return true;
+        }
+        drop(queue);
+        !inner.uring.completion().is_empty()
     }
 
     /// Hands over what is queued and sleeps until something has completed or a watched descriptor
@@ -210,7 +244,7 @@ impl Ring {
         self: &Rc<Self>,
         file: &Arc<HostFile>,
         buffer: Option<IoBuffer>,
-        build: impl FnOnce(types::Fd, &[libc::iovec]) -> squeue::Entry,
+        build: impl FnOnce(&[libc::iovec]) -> squeue::Entry,
     ) -> io::Result<Operation> {
         let mut inner = self.inner.borrow_mut();
         let index = inner.acquire();
@@ -222,7 +256,7 @@ impl Ring {
         slot.buffer = buffer;
         slot.file = Some(Arc::clone(file));
         slot.state = OpState::Submitted(None);
-        let entry = build(types::Fd(file.file().as_raw_fd()), &slot.iovecs);
+        let entry = build(&slot.iovecs);
         let pushed = inner.push(&entry.user_data(index as u64));
         if let Err(error) = pushed {
             inner.release(index);
@@ -255,6 +289,19 @@ enum Event {
 }
 
 impl Inner {
+    /// Registers a file, if there is room for it. The table keeps it open.
+    fn register(&mut self, file: &Arc<HostFile>) -> Target {
+        let raw = file.file().as_raw_fd();
+        let index = u32::try_from(self.files.len()).unwrap_or(MAX_FILES);
+        if index < MAX_FILES
+            && self.uring.submitter().register_files_update(index, &[raw]).is_ok_and(|n| n == 1)
+        {
+            self.files.push(Arc::clone(file));
+            return Target::Registered(types::Fixed(index));
+        }
+        Target::Plain(types::Fd(raw))
+    }
+
     /// A free slot, a new one if need be.
     fn acquire(&mut self) -> usize {
         self.free.pop().unwrap_or_else(|| {
@@ -366,6 +413,26 @@ impl Drop for Operation {
     }
 }
 
+/// How the kernel knows a file.
+#[derive(Debug, Clone, Copy)]
+enum Target {
+    /// By its number in the ring's table.
+    Registered(types::Fixed),
+    /// By its descriptor.
+    Plain(types::Fd),
+}
+
+/// Builds an operation on either kind of [`Target`]: `opcode` is a path to its constructor, which
+/// takes the file first.
+macro_rules! on_target {
+    ($target:expr, $opcode:path $(, $argument:expr)* $(; .$method:ident($value:expr))*) => {
+        match $target {
+            Target::Registered(file) => $opcode(file $(, $argument)*)$(.$method($value))*.build(),
+            Target::Plain(file) => $opcode(file $(, $argument)*)$(.$method($value))*.build(),
+        }
+    };
+}
+
 /// A host file whose I/O goes through a [`Ring`].
 #[derive(Debug, Clone)]
 pub struct UringStorage {
@@ -373,6 +440,8 @@ pub struct UringStorage {
     ring: Rc<Ring>,
     /// The file.
     file: Arc<HostFile>,
+    /// How the ring's operations name it.
+    target: Target,
 }
 
 impl UringStorage {
@@ -385,43 +454,50 @@ impl UringStorage {
 
 impl Storage for UringStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
-        let buffer = Self::clip(buffer);
-        let operation = self.ring.start(&self.file, Some(buffer), |fd, iovecs| match iovecs {
-            [one] => opcode::Read::new(fd, one.iov_base.cast(), kernel_len(one.iov_len))
-                .offset(offset)
-                .build(),
-            many => {
-                opcode::Readv::new(fd, many.as_ptr(), kernel_len(many.len())).offset(offset).build()
+        let target = self.target;
+        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs| {
+            if let [one] = iovecs {
+                let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
+                on_target!(target, opcode::Read::new, base, len; .offset(offset))
+            } else {
+                let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
+                on_target!(target, opcode::Readv::new, list, len; .offset(offset))
             }
         })?;
         Ok(operation.await? as usize)
     }
 
     async fn write(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
-        let buffer = Self::clip(buffer);
-        let operation = self.ring.start(&self.file, Some(buffer), |fd, iovecs| match iovecs {
-            [one] => opcode::Write::new(fd, one.iov_base.cast(), kernel_len(one.iov_len))
-                .offset(offset)
-                .build(),
-            many => opcode::Writev::new(fd, many.as_ptr(), kernel_len(many.len()))
-                .offset(offset)
-                .build(),
+        let target = self.target;
+        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs| {
+            if let [one] = iovecs {
+                let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
+                on_target!(target, opcode::Write::new, base, len; .offset(offset))
+            } else {
+                let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
+                on_target!(target, opcode::Writev::new, list, len; .offset(offset))
+            }
         })?;
         Ok(operation.await? as usize)
     }
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> io::Result<()> {
+        let target = self.target;
         let flags = i32::try_from(fallocate_flags(mode).bits()).map_err(io::Error::other)?;
-        let operation = self.ring.start(&self.file, None, |fd, _| {
-            opcode::Fallocate::new(fd, range.len()).offset(range.start()).mode(flags).build()
+        let operation = self.ring.start(&self.file, None, |_| {
+            let len = range.len();
+            on_target!(target, opcode::Fallocate::new, len; .offset(range.start()); .mode(flags))
         })?;
         operation.await.map(|_| ())
     }
 
     async fn sync(&self) -> io::Result<()> {
-        let operation = self.ring.start(&self.file, None, |fd, _| {
-            opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build()
-        })?;
+        let target = self.target;
+        let operation = self.ring.start(
+            &self.file,
+            None,
+            |_| on_target!(target, opcode::Fsync::new; .flags(types::FsyncFlags::DATASYNC)),
+        )?;
         operation.await.map(|_| ())
     }
 

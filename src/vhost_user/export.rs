@@ -11,6 +11,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::Listener;
@@ -94,6 +95,8 @@ pub struct Export {
     config: DeviceConfig,
     /// Whether a device that was just reset caches writes until they are flushed.
     writeback: bool,
+    /// The longest that a queue polls before it sleeps.
+    poll_limit: Duration,
     /// Told when to stop.
     stop: StopHandle,
 }
@@ -101,8 +104,14 @@ pub struct Export {
 impl Export {
     /// An export of `image`, which `stop` ends.
     #[must_use]
-    pub fn new(image: OpenImage, config: DeviceConfig, writeback: bool, stop: StopHandle) -> Self {
-        Self { image: Arc::new(image), config, writeback, stop }
+    pub fn new(
+        image: OpenImage,
+        config: DeviceConfig,
+        writeback: bool,
+        poll_limit: Duration,
+        stop: StopHandle,
+    ) -> Self {
+        Self { image: Arc::new(image), config, writeback, poll_limit, stop }
     }
 
     /// Serves until it is stopped, or until the only front end hangs up. Then flushes the disk.
@@ -165,7 +174,8 @@ impl Export {
         let image = Arc::clone(&self.image);
         let state = Arc::clone(&image.state);
         let device = Arc::new(DeviceState::new(self.config.clone(), state, self.writeback));
-        let context = QueueContext { image, device, log_limit: LogLimit::default() };
+        let poll_limit = self.poll_limit;
+        let context = QueueContext { image, device, poll_limit, log_limit: LogLimit::default() };
         let memory = SharedMemory::new(GuestMemoryMmap::new());
         let backend = Arc::new(BlkBackend::new(context, memory.clone()));
         let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)

@@ -24,6 +24,7 @@ pub mod backend;
 pub mod exit_event;
 pub mod export;
 pub mod interposer;
+pub mod polling;
 pub mod queue;
 pub mod vring;
 

@@ -8,7 +8,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::polling::Polling;
 use super::vring::{RunPermit, ring_eventfd};
 use crate::executor::TaskPool;
 use crate::image::open::OpenImage;
@@ -50,6 +52,8 @@ pub struct QueueContext {
     pub image: Arc<OpenImage>,
     /// The device.
     pub device: Arc<DeviceState>,
+    /// The longest that a queue polls before it sleeps.
+    pub poll_limit: Duration,
     /// Bounds what malformed chains write to the log.
     pub log_limit: LogLimit,
 }
@@ -73,7 +77,9 @@ pub fn run(
     let wake: Arc<OwnedFd> = Arc::clone(permit.control().wake_fd());
     let pool = TaskPool::new(MAX_REQUESTS, Box::new(move || ring_eventfd(&wake)));
     let source = ChainSource::new(map, indirect);
-    let mut worker = Worker { context, permit, ring: &ring, virtqueue: &mut virtqueue, source };
+    let polling = Polling::new(context.poll_limit);
+    let mut worker =
+        Worker { context, permit, ring: &ring, virtqueue: &mut virtqueue, source, polling };
     let result = worker.run(pool, |chain| device.serve(chain));
     permit.store_indices(&virtqueue);
     result
@@ -125,6 +131,8 @@ struct Worker<'a> {
     virtqueue: &'a mut SplitRing,
     /// Where chains come from.
     source: ChainSource,
+    /// How long to stay awake.
+    polling: Polling,
 }
 
 impl Worker<'_> {
@@ -192,13 +200,34 @@ impl Worker<'_> {
     ) -> Result<(), QueueError> {
         // With every place taken new chains cannot be served: no kick is wanted for them.
         let wants_chains = !stopping && pool.next_place().is_some();
+        // While the host works on something it will wake us soon enough, and polling would only
+        // take the processor away from it: poll for the driver alone.
+        let idle = wants_chains && self.ring.in_flight() == 0;
+        let start = Instant::now();
+        if idle && self.poll(pool) {
+            return Ok(());
+        }
         let more = wants_chains && self.virtqueue.enable_kicks();
         if !more && pool.may_sleep() {
             // A pause that was asked for before `may_sleep` has rung the wake-up, which is watched.
             self.ring.submit_and_wait()?;
             pool.awake();
+            if idle {
+                self.polling.slept(start.elapsed());
+            }
         }
         self.virtqueue.disable_kicks();
         Ok(())
+    }
+
+    /// Polls for a while. Returns whether there is something to do.
+    fn poll<F: Future<Output = Used>>(&self, pool: &TaskPool<F>) -> bool {
+        let control = self.permit.control();
+        self.polling.spin(|| {
+            self.virtqueue.has_available()
+                || self.ring.has_work()
+                || pool.has_ready()
+                || control.pause_wanted()
+        })
     }
 }

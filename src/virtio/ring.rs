@@ -169,6 +169,12 @@ impl SplitRing {
         Ok(Some(head))
     }
 
+    /// Whether the driver has made a chain available that was not taken.
+    #[must_use]
+    pub fn has_available(&self) -> bool {
+        self.available.load_u16(2, Ordering::Relaxed) != self.next_avail
+    }
+
     /// Fills the next used entry: chain `head`, of whose device-writable part `len` bytes were
     /// written. The driver sees it after [`SplitRing::publish`].
     pub fn push_used(&mut self, head: u16, len: u32) {
