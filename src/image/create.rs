@@ -523,6 +523,55 @@ mod tests {
         }
     }
 
+    /// A disk of 1 MiB in `folder`, without a backing file.
+    fn options(folder: &Path) -> CreateOptions {
+        CreateOptions {
+            path: folder.join("disk.add-cow"),
+            size: Some(1 << 20),
+            cluster_size: None,
+            backing: None,
+            image: FileReference {
+                name: FileName::new(NameRole::Image, "disk.raw").unwrap(),
+                format: "raw".to_owned(),
+            },
+            reuse_image: true,
+            force: false,
+        }
+    }
+
+    #[test]
+    fn an_image_becomes_what_it_was_when_a_later_step_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(folder.path());
+        let image = folder.path().join("disk.raw");
+        // It did not exist.
+        drop(Plan::new(&options).unwrap().make_image().unwrap());
+        assert!(!image.exists());
+        // It was shorter.
+        std::fs::write(&image, b"guest data").unwrap();
+        let made = Plan::new(&options).unwrap().make_image().unwrap();
+        assert_eq!(made.file.len().unwrap(), 1 << 20);
+        drop(made);
+        assert_eq!(std::fs::read(&image).unwrap(), b"guest data");
+        // It was shorter, and somebody else has made it longer meanwhile.
+        let made = Plan::new(&options).unwrap().make_image().unwrap();
+        std::fs::File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
+        drop(made);
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), 2 << 20);
+    }
+
+    #[test]
+    fn an_add_cow_file_that_appeared_meanwhile_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(folder.path());
+        let side = write_temporary(&options.path, &content(true)).unwrap();
+        std::fs::write(&options.path, b"somebody else's").unwrap();
+        let error = publish(side, &options.path, false).unwrap_err();
+        assert!(matches!(error, OpenError::Exists { role: FileRole::Side, .. }), "{error}");
+        assert_eq!(std::fs::read(&options.path).unwrap(), b"somebody else's");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left behind");
+    }
+
     #[test]
     fn default_clusters_grow_with_the_disk_and_their_bitmap_stays_at_32_mib() {
         const TIB: u64 = 1 << 40;
