@@ -37,7 +37,7 @@ pub fn run<A: Parser>(
 ) -> ExitCode {
     let code = match A::try_parse_from(arguments) {
         Ok(arguments) => command(arguments).unwrap_or_else(|error| {
-            if !is_broken_pipe(error.as_ref()) {
+            if !output::is_broken_pipe(error.as_ref()) {
                 eprintln!("{}", error_line(program, error.as_ref()));
             }
             EXIT_FAILURE
@@ -85,24 +85,25 @@ fn host_text(error: &(dyn Error + 'static)) -> String {
     }
 }
 
-/// Whether standard output has lost its reader.
-fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
-    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
 /// One line for what the parser prints as several: what is wrong, the hint if there is one, and
 /// where to read on.
 fn usage_line(program: &str, error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return format!("nothing to do (see {program} --help)");
+    }
     let text = error.to_string();
     let body = text.trim_start().strip_prefix("error: ").unwrap_or(&text);
-    let end = ["\n\nUsage:", "\nUsage:", "\n\nFor more information"]
+    let end = ["\n\nUsage:", "\n\nFor more information"]
         .iter()
         .filter_map(|mark| body.find(mark))
         .min()
         .unwrap_or(body.len());
     let (body, _) = body.split_at(end);
-    let words: Vec<&str> = body.split_whitespace().collect();
-    format!("{} (see {program} --help)", words.join(" "))
+    let on_one_line = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
+    let parts = body.split("\n\n").map(on_one_line);
+    // Nothing here takes an argument that starts with a dash.
+    let parts: Vec<String> = parts.filter(|part| !part.starts_with("tip: to pass")).collect();
+    format!("{} (see {program} --help)", parts.join("; "))
 }
 
 #[cfg(test)]
@@ -140,7 +141,7 @@ mod tests {
         };
         assert_eq!(
             line(&["addcow", "--forse", "x"]),
-            "unexpected argument '--forse' found tip: a similar argument exists: '--force' \
+            "unexpected argument '--forse' found; tip: a similar argument exists: '--force' \
              (see addcow --help)"
         );
         assert_eq!(

@@ -4,7 +4,8 @@
 //!
 //! Not here: which facts there are to show.
 
-use std::io::{self, Write};
+use std::error::Error;
+use std::io::{self, BufWriter, Write};
 
 use clap::ValueEnum;
 use serde::Serialize;
@@ -17,6 +18,33 @@ pub enum Output {
     Human,
     /// JSON, for programs; its keys are those of qemu-img where it has them.
     Json,
+}
+
+/// Standard output did not take a result.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the result")]
+pub struct WriteError(#[source] io::Error);
+
+/// Whether standard output has lost its reader.
+#[must_use]
+pub fn is_broken_pipe(error: &(dyn Error + 'static)) -> bool {
+    let error = error.downcast_ref::<WriteError>();
+    error.is_some_and(|WriteError(error)| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+/// Prints a result. A bare [`io::Error`] of `write` is taken for one of standard output.
+///
+/// # Errors
+/// [`WriteError`], or what else `write` returned.
+pub fn print(
+    write: impl FnOnce(&mut dyn Write) -> Result<(), Box<dyn Error>>,
+) -> Result<(), Box<dyn Error>> {
+    let mut out = BufWriter::new(io::stdout().lock());
+    let result = write(&mut out).and_then(|()| Ok(out.flush()?));
+    result.map_err(|error| match error.downcast::<io::Error>() {
+        Ok(error) => Box::new(WriteError(*error)),
+        Err(error) => error,
+    })
 }
 
 /// `text` with control characters written as escapes, so that it stays on its line and does
@@ -65,7 +93,7 @@ pub fn human_size(bytes: u64) -> String {
 ///
 /// # Errors
 /// What the writer said.
-pub fn write_json(out: &mut impl Write, value: &impl Serialize) -> io::Result<()> {
+pub fn write_json(out: &mut dyn Write, value: &impl Serialize) -> io::Result<()> {
     let mut serializer =
         Serializer::with_formatter(&mut *out, PrettyFormatter::with_indent(b"    "));
     value.serialize(&mut serializer)?;

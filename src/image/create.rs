@@ -442,6 +442,135 @@ fn header_error(path: &Path) -> impl FnOnce(FormatError) -> OpenError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::{FileName, FileRole as NameRole};
+    use crate::storage::sim::{Fault, Operation, SimDisk};
+
+    /// The content of the add-cow file of a disk of 100 clusters of 4 KiB.
+    fn content(all_allocated: bool) -> NewSide {
+        let reference = |role, name: &str| FileReference {
+            name: FileName::new(role, name).unwrap(),
+            format: "raw".to_owned(),
+        };
+        let cluster_size = ClusterSize::from_bits(12).unwrap();
+        let header = Header {
+            cluster_size,
+            backing: (!all_allocated).then(|| reference(NameRole::Backing, "base.img")),
+            image: reference(NameRole::Image, "disk.raw"),
+            all_allocated,
+            compat_features: 0,
+        };
+        NewSide::new(&header, BitmapGeometry::new(cluster_size, 100 * 4096).unwrap()).unwrap()
+    }
+
+    /// The bitmap that belongs to it, without the padding.
+    fn bits(all_allocated: bool) -> [u8; 13] {
+        if all_allocated {
+            let mut ones = [0xff; 13];
+            ones[12] = 0x0f;
+            ones
+        } else {
+            [0; 13]
+        }
+    }
+
+    #[test]
+    fn a_new_file_survives_a_power_cut_once_it_is_written() {
+        for all_allocated in [false, true] {
+            for seed in 0..20 {
+                let disk = SimDisk::new(seed);
+                let side = disk.create(&[]);
+                block_on(content(all_allocated).write(&side)).unwrap();
+                disk.power_cut();
+                let bytes = side.content();
+                assert_eq!(bytes.len(), 8192);
+                let header = Header::decode(&bytes[..4096]).unwrap();
+                assert_eq!(header.all_allocated, all_allocated);
+                assert_eq!(bytes[4096..4109], bits(all_allocated));
+                assert!(bytes[4109..].iter().all(|&byte| byte == 0));
+            }
+        }
+    }
+
+    #[test]
+    fn all_bits_are_durable_before_the_header_says_so() {
+        let disk = SimDisk::new(1);
+        let side = disk.create(&[]);
+        block_on(content(true).write(&side)).unwrap();
+        let log: Vec<Operation> = disk.log().into_iter().map(|(_, operation)| operation).collect();
+        let position = |wanted: fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
+        let bitmap = position(|o| matches!(o, Operation::Write(range) if range.start() == 4096));
+        let synced = position(|o| matches!(o, Operation::SyncEnd));
+        let header = position(|o| matches!(o, Operation::Write(range) if range.start() == 0));
+        assert!(bitmap < synced && synced < header, "{log:?}");
+        assert_eq!(log.last(), Some(&Operation::SyncEnd));
+    }
+
+    #[test]
+    fn every_failure_of_the_storage_is_reported() {
+        for all_allocated in [false, true] {
+            let count = {
+                let disk = SimDisk::new(1);
+                block_on(content(all_allocated).write(&disk.create(&[]))).unwrap();
+                disk.operations()
+            };
+            assert_eq!(count, if all_allocated { 4 } else { 2 });
+            for index in 0..count {
+                let disk = SimDisk::new(1);
+                disk.set_fault(index, Fault::Error(libc::EIO), false);
+                let result = block_on(content(all_allocated).write(&disk.create(&[])));
+                assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::EIO));
+            }
+        }
+    }
+
+    /// A disk of 1 MiB in `folder`, without a backing file.
+    fn options(folder: &Path) -> CreateOptions {
+        CreateOptions {
+            path: folder.join("disk.add-cow"),
+            size: Some(1 << 20),
+            cluster_size: None,
+            backing: None,
+            image: FileReference {
+                name: FileName::new(NameRole::Image, "disk.raw").unwrap(),
+                format: "raw".to_owned(),
+            },
+            reuse_image: true,
+            force: false,
+        }
+    }
+
+    #[test]
+    fn an_image_becomes_what_it_was_when_a_later_step_fails() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(folder.path());
+        let image = folder.path().join("disk.raw");
+        // It did not exist.
+        drop(Plan::new(&options).unwrap().make_image().unwrap());
+        assert!(!image.exists());
+        // It was shorter.
+        std::fs::write(&image, b"guest data").unwrap();
+        let made = Plan::new(&options).unwrap().make_image().unwrap();
+        assert_eq!(made.file.len().unwrap(), 1 << 20);
+        drop(made);
+        assert_eq!(std::fs::read(&image).unwrap(), b"guest data");
+        // It was shorter, and somebody else has made it longer meanwhile.
+        let made = Plan::new(&options).unwrap().make_image().unwrap();
+        std::fs::File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
+        drop(made);
+        assert_eq!(std::fs::metadata(&image).unwrap().len(), 2 << 20);
+    }
+
+    #[test]
+    fn an_add_cow_file_that_appeared_meanwhile_is_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let options = options(folder.path());
+        let side = write_temporary(&options.path, &content(true)).unwrap();
+        std::fs::write(&options.path, b"somebody else's").unwrap();
+        let error = publish(side, &options.path, false).unwrap_err();
+        assert!(matches!(error, OpenError::Exists { role: FileRole::Side, .. }), "{error}");
+        assert_eq!(std::fs::read(&options.path).unwrap(), b"somebody else's");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left behind");
+    }
 
     #[test]
     fn default_clusters_grow_with_the_disk_and_their_bitmap_stays_at_32_mib() {

@@ -4,14 +4,14 @@
 //!
 //! Not here: what is checked (`image::check`).
 
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat, PROGRAM};
-use crate::cli::output::{Output, printable, write_json};
+use crate::cli::output::{Output, print, printable, write_json};
 use crate::cli::{Outcome, error_line};
 use crate::format::FormatError;
 use crate::image::OpenError;
@@ -98,12 +98,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
         }
         result => result?,
     };
-    let mut out = BufWriter::new(io::stdout().lock());
-    match arguments.disk.output {
-        Output::Json => write_json(&mut out, &result_of(path, &report))?,
-        Output::Human => write_human(&mut out, &report, arguments.quiet)?,
-    }
-    out.flush()?;
+    print(|out| match arguments.disk.output {
+        Output::Json => Ok(write_json(out, &result_of(path, &report))?),
+        Output::Human => Ok(write_human(out, &report, arguments.quiet)?),
+    })?;
     Ok(match (report.corruptions(), report.leaks()) {
         (0, 0) => 0,
         (0, _) => EXIT_LEAKS,
@@ -142,7 +140,7 @@ fn result_of(path: &Path, report: &CheckReport) -> CheckResult {
 }
 
 /// The result for people; only what is wrong if they want `quiet`.
-fn write_human(out: &mut impl Write, report: &CheckReport, quiet: bool) -> io::Result<()> {
+fn write_human(out: &mut dyn Write, report: &CheckReport, quiet: bool) -> io::Result<()> {
     for finding in &report.findings {
         let kind = kind_of(finding);
         if !quiet || kind != "note" {

@@ -8,20 +8,22 @@
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
-use std::io::{self, Write as _};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 
-use crate::cli::{Outcome, output, size};
+use crate::cli::output::{print, printable};
+use crate::cli::{Outcome, size};
 use crate::format::{FileName, FileReference, FileRole};
+use crate::image::OpenError;
 use crate::image::create::{CreateOptions, Created, add_cow};
 use crate::image::open::RAW_FORMAT;
 use crate::units::ClusterSize;
 
 /// The command line of `addcow create`.
 #[derive(Debug, Args)]
+#[command(override_usage = "addcow create [OPTIONS] DISK [SIZE]")]
 pub struct Arguments {
     /// Format of the new disk
     #[arg(short, long, value_name = "FMT", default_value = "add-cow")]
@@ -98,7 +100,7 @@ pub fn run(arguments: Arguments) -> Outcome {
     let given = match split_options(&arguments.options)? {
         Some(given) => given,
         None => {
-            io::stdout().write_all(options_help().as_bytes())?;
+            print(|out| Ok(out.write_all(options_help().as_bytes())?))?;
             return Ok(0);
         }
     };
@@ -112,11 +114,24 @@ pub fn run(arguments: Arguments) -> Outcome {
         arguments.cluster_size,
     ];
     let options = create_options(disk, merge(values, given)?, arguments.force)?;
-    let created = add_cow(&options)?;
+    let created = add_cow(&options).map_err(with_advice)?;
     if !arguments.quiet {
-        writeln!(io::stdout(), "{}", output::printable(&summary(&options.path, &created)))?;
+        print(|out| Ok(writeln!(out, "{}", printable(&summary(&options.path, &created)))?))?;
     }
     Ok(0)
+}
+
+/// The error, and the option that helps if there is one.
+fn with_advice(error: OpenError) -> Box<dyn Error> {
+    match &error {
+        OpenError::Exists { role: crate::image::FileRole::Raw, .. } => {
+            format!("{error} (-i NAME uses an existing one)").into()
+        }
+        OpenError::Exists { role: crate::image::FileRole::Side, .. } => {
+            format!("{error} (--force replaces it)").into()
+        }
+        _ => error.into(),
+    }
 }
 
 /// What the image module wants to know.

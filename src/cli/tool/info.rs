@@ -4,8 +4,7 @@
 //!
 //! Not here: whether all is well (`check`).
 
-use std::error::Error;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::path::Path;
 
 use clap::Args;
@@ -13,10 +12,10 @@ use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat};
 use crate::cli::Outcome;
-use crate::cli::output::{Output, human_size, printable, write_json};
-use crate::image::OpenError;
+use crate::cli::output::{Output, human_size, print, printable, write_json};
 use crate::image::inspect::DiskFiles;
 use crate::image::open::{OpenOptions, RAW_FORMAT, raw};
+use crate::image::{FileRole, OpenError};
 use crate::storage::host_file::{Access, HostFile};
 
 /// The command line of `addcow info`.
@@ -97,44 +96,49 @@ struct AddCowInfo {
 pub fn run(arguments: &Arguments) -> Outcome {
     let path = &arguments.disk.disk;
     let chain = match arguments.disk.format {
-        DiskFormat::Raw => vec![raw_info(&raw(path, OpenOptions::READ_ONLY)?.raw)?],
+        DiskFormat::Raw => {
+            let image = raw(path, OpenOptions::READ_ONLY)?;
+            vec![raw_info(&image.raw, image.state.virtual_size())?]
+        }
         DiskFormat::AddCow => {
             let disk = DiskFiles::open(path, Access::ReadOnly)?;
             let mut chain = vec![add_cow_info(path, &disk)?];
             if arguments.backing_chain
                 && let Some(backing) = disk.open_backing()?
             {
-                chain.push(raw_info(&backing)?);
+                let len = backing.len().map_err(size_error(&backing))?;
+                chain.push(raw_info(&backing, len)?);
             }
             chain
         }
     };
-    let mut out = BufWriter::new(io::stdout().lock());
-    match (arguments.disk.output, chain.as_slice()) {
-        (Output::Json, [info]) if !arguments.backing_chain => write_json(&mut out, info)?,
-        (Output::Json, chain) => write_json(&mut out, &chain)?,
-        (Output::Human, chain) => {
-            for (index, info) in chain.iter().enumerate() {
-                if index > 0 {
-                    writeln!(out)?;
+    print(|out| {
+        match (arguments.disk.output, chain.as_slice()) {
+            (Output::Json, [info]) if !arguments.backing_chain => write_json(out, info)?,
+            (Output::Json, chain) => write_json(out, &chain)?,
+            (Output::Human, chain) => {
+                for (index, info) in chain.iter().enumerate() {
+                    if index > 0 {
+                        writeln!(out)?;
+                    }
+                    write_human(out, info)?;
                 }
-                write_human(&mut out, info)?;
             }
         }
-    }
-    out.flush()?;
+        Ok(())
+    })?;
     Ok(0)
 }
 
 /// The facts about an add-cow disk.
-fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, Box<dyn Error>> {
+fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, OpenError> {
     let header = &disk.header;
     let shown = |name: &Path| name.display().to_string();
     let data = AddCowInfo {
         image_filename: shown(header.image.name.as_ref()),
         image_format: header.image.format.clone(),
         full_image_filename: shown(disk.raw.path()),
-        image_actual_size: disk.raw.allocated_len()?,
+        image_actual_size: disk.raw.allocated_len().map_err(size_error(&disk.raw))?,
         all_allocated: header.all_allocated,
         compat_features: header.compat_features,
         allocated_clusters: disk.allocated_clusters()?,
@@ -145,7 +149,7 @@ fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, Box<dyn Error>> {
         virtual_size: disk.geometry.virtual_size(),
         filename: shown(path),
         format: "add-cow",
-        actual_size: disk.side.allocated_len()?,
+        actual_size: disk.side.allocated_len().map_err(size_error(&disk.side))?,
         cluster_size: Some(header.cluster_size.bytes()),
         backing_filename: backing.map(|file| shown(file.name.as_ref())),
         full_backing_filename: disk.backing_path.as_deref().map(shown),
@@ -155,19 +159,13 @@ fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, Box<dyn Error>> {
     })
 }
 
-/// The facts about a raw image or a raw backing file.
-fn raw_info(file: &HostFile) -> Result<Info, OpenError> {
-    let error = |source| OpenError::Io {
-        action: "get the size of",
-        role: crate::image::FileRole::Raw,
-        path: file.path().to_owned(),
-        source,
-    };
+/// The facts about a raw image or a raw backing file of which a guest can see that many bytes.
+fn raw_info(file: &HostFile, virtual_size: u64) -> Result<Info, OpenError> {
     Ok(Info {
-        virtual_size: file.len().map_err(error)?,
+        virtual_size,
         filename: file.path().display().to_string(),
         format: RAW_FORMAT,
-        actual_size: file.allocated_len().map_err(error)?,
+        actual_size: file.allocated_len().map_err(size_error(file))?,
         cluster_size: None,
         backing_filename: None,
         full_backing_filename: None,
@@ -177,8 +175,14 @@ fn raw_info(file: &HostFile) -> Result<Info, OpenError> {
     })
 }
 
+/// Says whose size the host did not tell.
+fn size_error(file: &HostFile) -> impl FnOnce(io::Error) -> OpenError {
+    let path = file.path().to_owned();
+    move |source| OpenError::Io { action: "get the size of", role: FileRole::Raw, path, source }
+}
+
 /// Writes the facts in words.
-fn write_human(out: &mut impl Write, info: &Info) -> io::Result<()> {
+fn write_human(out: &mut dyn Write, info: &Info) -> io::Result<()> {
     writeln!(out, "image: {}", printable(&info.filename))?;
     writeln!(out, "file format: {}", info.format)?;
     let size = info.virtual_size;

@@ -1,19 +1,19 @@
 //! `addcow map`: where the bytes of a disk are.
 //!
 //! JSON covers the whole disk without a gap, one entry a line; words name only what has data in a
-//! file, as qemu-img does. Entries are written as they are found, so memory does not grow with them.
+//! file, as qemu-img does. Entries are written as they are found: memory does not grow with them.
 //!
 //! Not here: finding them (`image::map`).
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat};
-use crate::cli::output::{Output, printable};
+use crate::cli::output::{Output, print, printable};
 use crate::cli::{Outcome, size};
 use crate::image::extent::ExtentKind;
 use crate::image::map::{Piece, visit};
@@ -64,12 +64,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
         DiskFormat::AddCow => add_cow(path, OpenOptions::READ_ONLY)?,
         DiskFormat::Raw => raw(path, OpenOptions::READ_ONLY)?,
     };
-    let mut out = BufWriter::new(io::stdout().lock());
-    match arguments.disk.output {
-        Output::Json => write_json(&mut out, &image, range)?,
-        Output::Human => write_human(&mut out, &image, range)?,
-    }
-    out.flush()?;
+    print(|out| match arguments.disk.output {
+        Output::Json => write_json(out, &image, range),
+        Output::Human => write_human(out, &image, range),
+    })?;
     Ok(0)
 }
 
@@ -106,7 +104,7 @@ fn entry(piece: Piece) -> Entry {
 
 /// Writes all entries as a JSON array, one a line.
 fn write_json(
-    out: &mut impl Write,
+    out: &mut dyn Write,
     image: &OpenImage,
     range: ByteRange,
 ) -> Result<(), Box<dyn Error>> {
@@ -124,7 +122,7 @@ fn write_json(
 
 /// Writes the entries that have data in a file as a table.
 fn write_human(
-    out: &mut impl Write,
+    out: &mut dyn Write,
     image: &OpenImage,
     range: ByteRange,
 ) -> Result<(), Box<dyn Error>> {
