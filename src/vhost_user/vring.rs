@@ -3,8 +3,8 @@
 //! The framework changes rings from its control thread whenever a message says so, also while they
 //! run. Here each change goes through a [`Pause`]: the worker finishes what it has taken, gives its
 //! position back and leaves; then the change is made; then the worker may start again. So
-//! GET_VRING_BASE, a disabled ring, a device reset or a new kick find a ring at rest, and outside the worker's loop
-//! no request is ever in flight.
+//! GET_VRING_BASE, a disabled ring, a device reset or a new kick find a ring at rest, and
+//! outside the worker's loop no request is ever in flight.
 //!
 //! The framework gets an eventfd of ours in place of the kick. It is how a paused worker is started
 //! again, and nobody but us writes to it, so the framework never blocks on reading a kick that was
@@ -18,7 +18,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 
@@ -142,8 +142,13 @@ impl RingControl {
 
     /// Calls the driver, if it gave a call.
     pub fn call(&self) {
-        if let Some(call) = &self.lock().call {
-            ring_eventfd(call);
+        let Some(call) = self.lock().call.clone() else { return };
+        // The front end chose this descriptor and its flags, which are shared with it: a write may
+        // block. One that takes no more is not written to; who has 2^64 unread calls needs no other.
+        let mut fds = [PollFd::new(&*call, PollFlags::OUT)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
+            ring_eventfd(&call);
         }
     }
 }
