@@ -1,9 +1,9 @@
 //! A simulated disk: what the tests of the copy-on-write core run on.
 //!
 //! A [`SimDisk`] holds files with a volatile cache. A write lands in the cache; a sync makes
-//! durable what had completed when it was *called*; a power cut keeps of everything
-//! else any subset, sector by sector. Operations take a random number of polls, so concurrent requests interleave, and any
-//! operation can be told to fail. Everything random comes from one seed.
+//! durable what had completed when it was *called*; a power cut keeps of everything else any
+//! subset, sector by sector. Operations take a random number of polls, so concurrent requests
+//! interleave, and any operation can be told to fail. Everything random comes from one seed.
 //!
 //! What it does not model: loss of a file's length (`set_len` is durable at once), sectors torn
 //! below 512 bytes, a medium that lies about a sync.

@@ -144,7 +144,7 @@ impl RingControl {
     pub fn call(&self) {
         let Some(call) = self.lock().call.clone() else { return };
         // The front end chose this descriptor and its flags, which are shared with it: a write may
-        // block. One that takes no more is not written to; who has 2^64 unread calls needs no other.
+        // block. One that takes no more is not written to: its owner has calls enough to read.
         let mut fds = [PollFd::new(&*call, PollFlags::OUT)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         if poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
