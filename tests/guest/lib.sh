@@ -21,6 +21,18 @@ cow_disks() {
     done
 }
 
+# on_every_disk FUNCTION: calls FUNCTION DISK for all add-cow disks at once; all must succeed. Each
+# call is a shell of its own that stops at its first failure.
+on_every_disk() {
+    children=
+    for disk in $(cow_disks); do
+        "$1" "$disk" &
+        children="$children $!"
+    done
+    [ -n "$children" ]
+    for child in $children; do wait "$child"; done
+}
+
 mount_disk() {
     mkdir -p "/mnt/$1"
     mount "$(device_of "$1")" "/mnt/$1"
@@ -35,8 +47,8 @@ verify() {
 
 # check_file_system DISK: e2fsck finds nothing to repair in the unmounted file system.
 check_file_system() {
-    if ! e2fsck -fn "$(device_of "$1")" >/tmp/e2fsck.log 2>&1; then
-        cat /tmp/e2fsck.log
+    if ! e2fsck -fn "$(device_of "$1")" >"/tmp/e2fsck-$1.log" 2>&1; then
+        cat "/tmp/e2fsck-$1.log"
         echo "$1: e2fsck has found faults"
         return 1
     fi

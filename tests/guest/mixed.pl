@@ -36,8 +36,7 @@ my $read_buffer = 'y' x (LARGEST_BYTES + 4096);
 my $read_start = -unpack('J', pack('p', $read_buffer)) & 4095;
 
 compare_disks('before the workload');
-my @children = map { start_worker($_) } 0, 1;
-print "restart the daemons\n";
+my @children = map { start_worker($_) } 0, 1;  # the first one asks for the restart
 my $answer = <STDIN>;
 print "daemons are back, the workload goes on\n";
 for my $child (@children) {
@@ -99,7 +98,11 @@ sub start_worker {
     system("taskset -cp $number $$ >/dev/null") == 0 or die "taskset failed\n";
     srand 4711 + $number;
     my @handles = open_disks();
-    operate($number, $_, @handles) for 1 .. OPERATIONS;
+    for my $turn (1 .. OPERATIONS) {
+        print "restart the daemons\n" if $number == 0 && $turn == OPERATIONS / 2;
+        operate($number, $turn, @handles);
+    }
+    print "process $number: @{[OPERATIONS]} operations on every disk\n";
     $_->sync or die "sync: $!\n" for @handles;
     exit 0;
 }

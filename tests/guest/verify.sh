@@ -4,9 +4,11 @@ set -eu
 # shellcheck source=tests/guest/lib.sh
 . /run/job.lib
 
-for disk in $(cow_disks); do
-    check_file_system "$disk"
-    mount_disk "$disk"
-    verify "$disk"
-    umount "/mnt/$disk"
-done
+look() {
+    check_file_system "$1"
+    mount_disk "$1"
+    verify "$1"
+    umount "/mnt/$1"
+}
+
+on_every_disk look
