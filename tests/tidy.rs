@@ -26,6 +26,8 @@ const UNSAFE_FILES: &[&str] = &[
     "src/storage/uring.rs",
     "src/vhost_user/exit_event.rs",
     "src/virtio/guest_memory.rs",
+    "tests/bench/lane.rs",
+    "tests/bench/memory.rs",
     "tests/blkio.rs",
 ];
 
