@@ -54,11 +54,16 @@ impl<S: Storage> Image<S> {
         let tail = ByteRange::between(range.end(), covered.end());
         let head = self.fill(clusters.start, head).await?;
         let tail = self.fill(clusters.end - 1, tail).await?;
-        let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
-        let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
-        let whole = if parts.len() == 1 { parts[0].clone() } else { IoBuffer::concat(&parts) };
-        let written = ByteRange::between(start, start + whole.len() as u64);
-        self.write_raw(written, whole).await?;
+        if head.is_none() && tail.is_none() {
+            // Whole clusters, the common case: nothing is copied, nothing allocated.
+            self.write_raw(range, data).await?;
+        } else {
+            let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
+            let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
+            let whole = IoBuffer::concat(&parts);
+            let written = ByteRange::between(start, start + whole.len() as u64);
+            self.write_raw(written, whole).await?;
+        }
         self.mark_written(clusters);
         Ok(())
     }
