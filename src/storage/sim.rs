@@ -2,14 +2,18 @@
 //!
 //! A [`SimDisk`] holds files with a volatile cache. A write lands in the cache; a sync makes
 //! durable what had completed when it was *called*; a power cut keeps of everything else any
-//! subset, sector by sector. Operations take a random number of polls, so concurrent requests
-//! interleave, and any operation can be told to fail. Everything random comes from one seed.
+//! subset, sector by sector. What a failed sync should have made durable, no later sync makes
+//! durable either: the host's cache takes it for clean. Operations take a random number of polls,
+//! so concurrent requests interleave; any operation can be told to fail, and the power can go
+//! before any operation. An observer sees each change before it lands. Everything random comes
+//! from one seed.
 //!
 //! What it does not model: loss of a file's length (`set_len` is durable at once), sectors torn
 //! below 512 bytes, a medium that lies about a sync.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io;
 use std::rc::Rc;
 use std::task::Poll;
@@ -53,24 +57,40 @@ pub enum Operation {
 }
 
 /// One file of the disk.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 struct SimFile {
     /// Length in bytes.
     len: u64,
     /// What survives a power cut for certain.
     durable: Sectors,
-    /// Writes not covered by a sync, oldest first: when they landed, where, and what.
-    pending: Vec<(u64, u64, Sector)>,
+    /// What no sync has made durable, by sector, oldest version first; no list is empty.
+    pending: BTreeMap<u64, Vec<Version>>,
 }
+
+/// What one write left in a sector.
+#[derive(Debug, Clone)]
+struct Version {
+    /// When it landed; [`NEVER_DURABLE`] once a sync that should have covered it has failed.
+    landed: u64,
+    /// The whole sector after the write.
+    bytes: Sector,
+}
+
+/// A time that no sync covers.
+const NEVER_DURABLE: u64 = u64::MAX;
 
 impl SimFile {
     /// The sector as a read sees it.
     fn sector(&self, number: u64) -> Sector {
-        let latest = self.pending.iter().rev().find(|(_, n, _)| *n == number);
-        latest
-            .map(|(_, _, bytes)| *bytes)
-            .or_else(|| self.durable.get(&number).copied())
-            .unwrap_or([0; SECTOR_LEN])
+        match self.pending.get(&number).and_then(|versions| versions.last()) {
+            Some(version) => version.bytes,
+            None => self.durable_sector(number),
+        }
+    }
+
+    /// The sector as it is without what only the cache has.
+    fn durable_sector(&self, number: u64) -> Sector {
+        self.durable.get(&number).copied().unwrap_or([0; SECTOR_LEN])
     }
 
     /// Copies bytes out. The range lies inside the file.
@@ -95,7 +115,8 @@ impl SimFile {
             let len = (SECTOR_LEN - start).min(bytes.len() - done);
             let mut sector = self.sector(at / SECTOR_SIZE);
             sector[start..start + len].copy_from_slice(&bytes[done..done + len]);
-            self.pending.push((now, at / SECTOR_SIZE, sector));
+            let versions = self.pending.entry(at / SECTOR_SIZE).or_default();
+            versions.push(Version { landed: now, bytes: sector });
             done += len;
         }
         self.len = self.len.max(offset + bytes.len() as u64);
@@ -103,32 +124,55 @@ impl SimFile {
 
     /// Makes durable what landed before `now`.
     fn sync(&mut self, now: u64) {
-        let (covered, later): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.pending).into_iter().partition(|(when, _, _)| *when < now);
-        self.pending = later;
-        for (_, number, bytes) in covered {
-            self.durable.insert(number, bytes);
+        let durable = &mut self.durable;
+        self.pending.retain(|number, versions| {
+            // Versions older than a durable one are gone, whatever became of their own sync.
+            if let Some(last) = versions.iter().rposition(|version| version.landed < now) {
+                durable.insert(*number, versions[last].bytes);
+                versions.drain(..=last);
+            }
+            !versions.is_empty()
+        });
+    }
+
+    /// Fails to make durable what landed before `now`: no later sync will do it.
+    fn fail_sync(&mut self, now: u64) {
+        for version in self.pending.values_mut().flatten() {
+            if version.landed < now {
+                version.landed = NEVER_DURABLE;
+            }
         }
     }
 
-    /// Loses power: of every unsynced sector any one of its versions may have got through.
-    fn cut(&mut self, rng: &mut Rng) {
-        let pending = std::mem::take(&mut self.pending);
-        let mut versions: BTreeMap<u64, Vec<Sector>> = BTreeMap::new();
-        for (_, number, bytes) in pending {
-            versions.entry(number).or_default().push(bytes);
-        }
-        for (number, versions) in versions {
-            let choice = rng.usize(0..=versions.len());
-            if let Some(bytes) = versions.get(choice) {
-                self.durable.insert(number, *bytes);
+    /// Loses power: of every unsynced sector the version that `choose` names gets through, given
+    /// how many there are; any higher number keeps the durable content.
+    fn cut(&mut self, choose: &mut impl FnMut(usize) -> usize) {
+        for (number, versions) in std::mem::take(&mut self.pending) {
+            if let Some(version) = versions.get(choose(versions.len())) {
+                self.durable.insert(number, version.bytes);
             }
         }
     }
 }
 
+/// A kind of operation, to aim a fault.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OperationKind {
+    /// Reads.
+    Read,
+    /// Writes.
+    Write,
+    /// Zeroing.
+    Zero,
+    /// Syncs.
+    Sync,
+}
+
+/// Sees a change before it lands: the file's number, what, and the bytes of a write.
+pub type Observer = Box<dyn FnMut(usize, Operation, &[u8])>;
+
 /// The disk's state.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct State {
     /// Files by number.
     files: Vec<SimFile>,
@@ -142,15 +186,39 @@ struct State {
     fault: Option<(u64, Fault)>,
     /// Whether every operation from then on goes wrong too.
     fault_is_lasting: bool,
+    /// Every operation of this kind on this file goes wrong too, and how.
+    aimed_fault: Option<(usize, OperationKind, Fault)>,
+    /// The operation that is never carried out, like all after it: the power goes there.
+    stop: Option<u64>,
+    /// Whether an operation has met `stop`.
+    is_stopped: bool,
     /// What was done, in order, by file.
     log: Vec<(usize, Operation)>,
 }
 
+impl State {
+    /// What is to go wrong with operation number `index`.
+    fn fault_of(&self, index: u64, file: usize, kind: OperationKind) -> Option<Fault> {
+        let aimed = self.aimed_fault.filter(|(at, what, _)| (*at, *what) == (file, kind));
+        let hits = |at: u64| at == index || (self.fault_is_lasting && index > at);
+        let counted = self.fault.filter(|(at, _)| hits(*at));
+        counted.map(|(_, fault)| fault).or(aimed.map(|(_, _, fault)| fault))
+    }
+}
+
 /// A simulated disk with some files.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct SimDisk {
     /// Shared with the storages of the files.
     state: Rc<RefCell<State>>,
+    /// Who sees each change; never called while `state` is borrowed.
+    observer: Rc<RefCell<Option<Observer>>>,
+}
+
+impl fmt::Debug for SimDisk {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimDisk").field("state", &self.state).finish_non_exhaustive()
+    }
 }
 
 impl SimDisk {
@@ -164,9 +232,39 @@ impl SimDisk {
             started: 0,
             fault: None,
             fault_is_lasting: false,
+            aimed_fault: None,
+            stop: None,
+            is_stopped: false,
             log: Vec::new(),
         };
-        Self { state: Rc::new(RefCell::new(state)) }
+        Self { state: Rc::new(RefCell::new(state)), observer: Rc::default() }
+    }
+
+    /// A disk of its own in the same state, without faults, stop and observer.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let mut state = self.state.borrow().clone();
+        (state.fault, state.aimed_fault, state.stop) = (None, None, None);
+        state.is_stopped = false;
+        Self { state: Rc::new(RefCell::new(state)), observer: Rc::default() }
+    }
+
+    /// The file with this number, counted from 0 in order of creation.
+    #[must_use]
+    pub fn file(&self, number: usize) -> SimStorage {
+        assert!(number < self.state.borrow().files.len(), "no such file");
+        SimStorage { disk: self.clone(), file: number }
+    }
+
+    /// Sets the most polls that one delay of an operation takes; 0 makes every operation ready at
+    /// its first poll.
+    pub fn set_max_delay(&self, polls: u32) {
+        self.state.borrow_mut().max_delay = polls;
+    }
+
+    /// Lets `observer` see every change from now on. It may look at the disk, not change it.
+    pub fn observe(&self, observer: Observer) {
+        *self.observer.borrow_mut() = Some(observer);
     }
 
     /// Adds a file with this content, durable already.
@@ -182,10 +280,42 @@ impl SimDisk {
 
     /// Loses power. Storages stay usable afterwards, as after a reboot.
     pub fn power_cut(&self) {
-        let state = &mut *self.state.borrow_mut();
-        for file in &mut state.files {
-            file.cut(&mut state.rng);
+        let mut rng = self.state.borrow_mut().rng.fork();
+        self.power_cut_choosing(|versions| rng.usize(0..=versions));
+    }
+
+    /// Loses power as [`SimDisk::power_cut`], with `choose` in place of chance: for every unsynced
+    /// sector, by file and number, it is told how many versions there are and names the one that
+    /// got through, oldest first; that number itself stands for none of them.
+    pub fn power_cut_choosing(&self, mut choose: impl FnMut(usize) -> usize) {
+        for file in &mut self.state.borrow_mut().files {
+            file.cut(&mut choose);
         }
+    }
+
+    /// How many versions every unsynced sector has, in the order of
+    /// [`SimDisk::power_cut_choosing`].
+    #[must_use]
+    pub fn unsynced(&self) -> Vec<usize> {
+        let state = self.state.borrow();
+        state.files.iter().flat_map(|file| file.pending.values().map(Vec::len)).collect()
+    }
+
+    /// Lets the power go before operation number `index`: it and all after it stay unfinished for
+    /// ever. Whoever drives the tasks asks [`SimDisk::is_stopped`], and drops them.
+    pub fn stop_at(&self, index: u64) {
+        self.state.borrow_mut().stop = Some(index);
+    }
+
+    /// Whether an operation has met the stop.
+    #[must_use]
+    pub fn is_stopped(&self) -> bool {
+        self.state.borrow().is_stopped
+    }
+
+    /// Lets every operation of `kind` on file number `file` go wrong.
+    pub fn aim_fault(&self, file: usize, kind: OperationKind, fault: Fault) {
+        self.state.borrow_mut().aimed_fault = Some((file, kind, fault));
     }
 
     /// Lets operation number `index` (from 0, reads included) go wrong, and if `lasting` every
@@ -198,7 +328,8 @@ impl SimDisk {
 
     /// No faults any more.
     pub fn clear_fault(&self) {
-        self.state.borrow_mut().fault = None;
+        let mut state = self.state.borrow_mut();
+        (state.fault, state.aimed_fault) = (None, None);
     }
 
     /// Operations started so far.
@@ -213,14 +344,20 @@ impl SimDisk {
         self.state.borrow().log.clone()
     }
 
-    /// Counts an operation in. Returns its time and what is to go wrong with it.
-    fn start(&self) -> (u64, Option<Fault>) {
-        let mut state = self.state.borrow_mut();
-        let index = state.started;
-        state.started += 1;
-        let fault =
-            state.fault.filter(|(at, _)| *at == index || (state.fault_is_lasting && index > *at));
-        (index, fault.map(|(_, fault)| fault))
+    /// Counts an operation in. Returns its time and what is to go wrong with it. Never ready once
+    /// the power is gone.
+    async fn start(&self, file: usize, kind: OperationKind) -> (u64, Option<Fault>) {
+        let started = {
+            let state = &mut *self.state.borrow_mut();
+            let index = state.started;
+            state.is_stopped |= state.stop.is_some_and(|stop| index >= stop);
+            state.started += u64::from(!state.is_stopped);
+            (!state.is_stopped).then(|| (index, state.fault_of(index, file, kind)))
+        };
+        match started {
+            Some(started) => started,
+            None => std::future::pending().await,
+        }
     }
 
     /// Lets other tasks run, a random number of times.
@@ -239,6 +376,13 @@ impl SimDisk {
             Poll::Pending
         })
         .await;
+    }
+
+    /// Shows a change to the observer.
+    fn show(&self, file: usize, operation: Operation, bytes: &[u8]) {
+        if let Some(observer) = self.observer.borrow_mut().as_mut() {
+            observer(file, operation, bytes);
+        }
     }
 
     /// Adds to the log.
@@ -267,10 +411,31 @@ impl SimStorage {
         bytes
     }
 
+    /// `len` bytes from byte `offset` on as a read sees them; zeros past the end of the file.
+    #[must_use]
+    pub fn content_at(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.disk.state.borrow().files[self.file].read(offset, &mut bytes);
+        bytes
+    }
+
+    /// What a power cut would leave for certain of the sector with this number.
+    #[must_use]
+    pub fn durable_sector(&self, number: u64) -> [u8; SECTOR_LEN] {
+        self.disk.state.borrow().files[self.file].durable_sector(number)
+    }
+
     /// Starts an operation: its time, and how many of `len` bytes it may move.
-    fn start(&self, len: usize) -> io::Result<(u64, usize)> {
-        match self.disk.start() {
-            (_, Some(Fault::Error(code))) => Err(io::Error::from_raw_os_error(code)),
+    async fn start(&self, kind: OperationKind, len: usize) -> io::Result<(u64, usize)> {
+        match self.disk.start(self.file, kind).await {
+            (now, Some(Fault::Error(code))) => {
+                // Failing takes time too: others come meanwhile, and wait.
+                self.disk.delay().await;
+                if kind == OperationKind::Sync {
+                    self.disk.state.borrow_mut().files[self.file].fail_sync(now + 1);
+                }
+                Err(io::Error::from_raw_os_error(code))
+            }
             (now, Some(Fault::Short(most))) => Ok((now, len.min(most))),
             (now, None) => Ok((now, len)),
         }
@@ -285,32 +450,35 @@ impl SimStorage {
 
 impl Storage for SimStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
-        let (_, len) = self.start(buffer.len())?;
+        let (_, len) = self.start(OperationKind::Read, buffer.len()).await?;
         self.disk.delay().await;
         let left = self.file_len()?.saturating_sub(offset);
         let mut bytes = vec![0; len.min(usize::try_from(left).unwrap_or(usize::MAX))];
         self.disk.state.borrow().files[self.file].read(offset, &mut bytes);
         buffer.copy_from(0, &bytes);
-        self.disk.record(self.file, Operation::Read(ByteRange::between(offset, offset + left)));
+        let range = ByteRange::between(offset, offset + bytes.len() as u64);
+        self.disk.record(self.file, Operation::Read(range));
         Ok(bytes.len())
     }
 
     async fn write(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
-        let (_, len) = self.start(buffer.len())?;
+        let (_, len) = self.start(OperationKind::Write, buffer.len()).await?;
         self.disk.delay().await;
         let bytes = buffer.slice(0, len).to_vec();
-        self.land(offset, &bytes);
         let range = ByteRange::between(offset, offset + len as u64);
+        self.disk.show(self.file, Operation::Write(range), &bytes);
+        self.land(offset, &bytes);
         self.disk.record(self.file, Operation::Write(range));
         self.disk.delay().await;
         Ok(len)
     }
 
     async fn zero(&self, range: ByteRange, _mode: ZeroMode) -> io::Result<()> {
-        self.start(0)?;
+        self.start(OperationKind::Zero, 0).await?;
         self.disk.delay().await;
         let range = range.intersect(ByteRange::between(0, self.file_len()?));
         let zeros = vec![0; usize::try_from(range.len()).map_err(io::Error::other)?];
+        self.disk.show(self.file, Operation::Zero(range), &zeros);
         self.land(range.start(), &zeros);
         self.disk.record(self.file, Operation::Zero(range));
         self.disk.delay().await;
@@ -318,10 +486,12 @@ impl Storage for SimStorage {
     }
 
     async fn sync(&self) -> io::Result<()> {
-        let (now, _) = self.start(0)?;
+        let (now, _) = self.start(OperationKind::Sync, 0).await?;
+        self.disk.show(self.file, Operation::SyncStart, &[]);
         self.disk.record(self.file, Operation::SyncStart);
         self.disk.delay().await;
         self.disk.state.borrow_mut().files[self.file].sync(now + 1);
+        self.disk.show(self.file, Operation::SyncEnd, &[]);
         self.disk.record(self.file, Operation::SyncEnd);
         Ok(())
     }
@@ -334,7 +504,7 @@ impl Storage for SimStorage {
         let file = &mut self.disk.state.borrow_mut().files[self.file];
         let kept = len.div_ceil(SECTOR_SIZE);
         file.durable.retain(|number, _| *number < kept);
-        file.pending.retain(|(_, number, _)| *number < kept);
+        file.pending.retain(|number, _| *number < kept);
         file.len = len;
         Ok(())
     }
