@@ -8,7 +8,7 @@
 //! Not here: who may set a bit when (`cluster_lock`, `write`), and writing pages (`flush`).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::FromZeros;
 
@@ -36,6 +36,23 @@ struct Bits {
     allocated: Box<[AtomicU64]>,
     /// One bit per bitmap page that has bits which the side file lacks.
     dirty_pages: Box<[AtomicU64]>,
+    /// How many threads are between marking a page dirty and setting its bits, by page number
+    /// modulo the length.
+    marking: [MarkingCount; 16],
+}
+
+/// A count of threads, on a cache line of its own so that queues do not share one.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct MarkingCount(AtomicU32);
+
+/// While this lives, a freeze waits.
+struct Marking<'a>(&'a MarkingCount);
+
+impl Drop for Marking<'_> {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 /// `count` zero words, not touched before they are used.
@@ -78,6 +95,7 @@ impl AllocationMap {
             geometry: *geometry,
             allocated: zero_words(geometry.words())?,
             dirty_pages: zero_words(geometry.pages().div_ceil(WORD_BITS))?,
+            marking: Default::default(),
         };
         Some(Self { bits: Some(bits) })
     }
@@ -116,26 +134,35 @@ impl AllocationMap {
     #[must_use]
     pub fn run(&self, range: Range<u64>) -> (bool, u64) {
         let Some(bits) = &self.bits else { return (true, range.end) };
-        let allocated = self.is_allocated(range.start..range.start + 1);
+        let mut first_state = None;
         for (word, mask) in masks(range.clone()) {
             let value = bits.allocated[word].load(Ordering::Acquire);
+            // Out of the same look at the word: the first bit may be set meanwhile, and a run must
+            // not come out empty.
+            let first_bit = value >> (range.start % WORD_BITS) & 1 == 1;
+            let allocated = *first_state.get_or_insert(first_bit);
             let different = if allocated { !value & mask } else { value & mask };
             if different != 0 {
                 let first = word as u64 * WORD_BITS + u64::from(different.trailing_zeros());
                 return (allocated, first);
             }
         }
-        (allocated, range.end)
+        (first_state.unwrap_or(false), range.end)
     }
 
     /// Marks the clusters of `range` allocated. Their data must be in the raw image.
     pub fn mark(&self, range: Range<u64>) {
         let Some(bits) = &self.bits else { return };
         for (word, mask) in masks(range) {
-            let before = bits.allocated[word].fetch_or(mask, Ordering::Release);
-            if before & mask != mask {
-                bits.mark_dirty(word as u64 / PAGE_WORDS);
+            if bits.allocated[word].load(Ordering::Acquire) & mask == mask {
+                continue;
             }
+            let page = word as u64 / PAGE_WORDS;
+            let _marking = bits.begin_marking(page);
+            // First dirty, then visible: who sees the bit, writes to the cluster and flushes must
+            // find the page in its own freeze, or know it in an earlier one.
+            bits.mark_dirty(page);
+            bits.allocated[word].fetch_or(mask, Ordering::Release);
         }
     }
 
@@ -156,23 +183,41 @@ impl AllocationMap {
             if word.load(Ordering::Relaxed) == 0 {
                 continue;
             }
-            // Acquire pairs with the Release in `mark_dirty`: a page that is dirty for a bit shows
-            // that bit to the copy which `FrozenBits::new` makes next.
-            let mut dirty = word.swap(0, Ordering::Acquire);
+            let mut dirty = word.swap(0, Ordering::SeqCst);
             while dirty != 0 {
                 pages.push(index * WORD_BITS + u64::from(dirty.trailing_zeros()));
                 dirty &= dirty - 1;
             }
+        }
+        if let Some(bits) = &self.bits {
+            bits.wait_for_markers();
         }
         FrozenBits::new(self.bits.as_ref(), pages)
     }
 }
 
 impl Bits {
+    /// Announces that a page will be marked dirty and then get bits.
+    fn begin_marking(&self, page: u64) -> Marking<'_> {
+        let index = usize::try_from(page).unwrap_or_default() % self.marking.len();
+        self.marking[index].0.fetch_add(1, Ordering::SeqCst);
+        Marking(&self.marking[index])
+    }
+
+    /// Waits until every thread that had marked a page dirty has set its bits, so that a copy of
+    /// the page has them. That takes a few instructions, unless the thread lost its processor.
+    fn wait_for_markers(&self) {
+        for count in &self.marking {
+            while count.0.load(Ordering::SeqCst) != 0 {
+                std::thread::yield_now();
+            }
+        }
+    }
+
     /// Remembers that a page has bits which the side file lacks.
     fn mark_dirty(&self, page: u64) {
         let (word, mask) = place(page);
-        self.dirty_pages[word].fetch_or(mask, Ordering::Release);
+        self.dirty_pages[word].fetch_or(mask, Ordering::SeqCst);
     }
 
     /// A page as it is now, in the side file's byte order.

@@ -107,8 +107,8 @@ impl<S: Storage> Image<S> {
     /// Makes every write that completed before this call survive a power cut.
     ///
     /// # Errors
-    /// `Failed` once a sync has failed, by this or an earlier flush: nothing is durable for certain
-    /// any more. `Io` if a bitmap page could not be written; a later flush tries it again.
+    /// `Io` if a sync failed, and `Failed` for every flush after it: nothing is durable for certain
+    /// any more. `Io` too if a bitmap page could not be written; a later flush tries that again.
     ///
     /// # Cancel safety
     /// None, see [`Image`].
@@ -127,7 +127,11 @@ impl<S: Storage> Image<S> {
             }
             Turn::Lead => {
                 let mut pass = Pass { barrier: &state.barrier, result: None };
-                let result = self.pass().await;
+                // Again: the pass that this flush has waited for may have failed.
+                let result = match state.barrier.check() {
+                    Ok(()) => self.pass().await,
+                    failed => failed,
+                };
                 pass.result = Some(match &result {
                     Ok(()) => Ok(()),
                     Err(ImageError::Io { source, .. }) => Err(source.raw_os_error()),

@@ -61,7 +61,9 @@ impl<S: Storage> Image<S> {
             data.fill_zero();
             return Ok(());
         };
-        transfer::read_or_zero(storage, extent.range.start(), data).await.map_err(ImageError::io(
+        // The extent ends where the file did when it was opened: one that has become shorter is an
+        // error, not zeros.
+        transfer::read_exact(storage, extent.range.start(), data).await.map_err(ImageError::io(
             "read",
             role,
             extent.range,

@@ -47,6 +47,18 @@ pub async fn read_up_to<S: Storage>(
     Ok(done)
 }
 
+/// Reads `buffer.len()` bytes from `offset`.
+///
+/// # Errors
+/// As [`read_up_to`]; `UnexpectedEof` if the file ends before.
+pub async fn read_exact<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<()> {
+    let len = buffer.len();
+    if read_up_to(storage, offset, buffer).await? < len {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(())
+}
+
 /// Reads `buffer.len()` bytes from `offset`; what lies past the end of the file reads as zeros.
 ///
 /// # Errors
