@@ -1,8 +1,9 @@
 //! A host that fails at every operation: nothing panics, nothing hangs, and every answer is true.
 //!
 //! A dozen scenarios, and in each of them every operation of the host goes wrong in every way,
-//! once and for good. A request that succeeds must have had its effect; one that fails must say why; what
-//! a read shows, then and after reopening, with and without a power cut, is legal (P9, P1).
+//! once and for good. A request that succeeds must have had its effect; one that fails must say
+//! why; what a read shows, then and after reopening, with and without a power cut, is legal (P9,
+//! P1).
 //!
 //! Not here: two different faults in one run, faults of the real host.
 
