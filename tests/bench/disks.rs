@@ -20,7 +20,7 @@ use super::drive::{Run, Seen, Times};
 use super::lane::{Connection, UringLane};
 use super::memory::{Memory, process_time};
 use super::server::Server;
-use super::targets::{Kind, Programs, Served, Target};
+use super::targets::{ALL, Kind, Programs, Served, Target};
 use super::workload::{Backing, State, Workload};
 
 /// The disks of one folder.
@@ -35,7 +35,7 @@ pub struct Disks {
     /// Size of every disk in bytes.
     pub size: u64,
     /// The processors of the servers, when client and servers are kept apart.
-    pub pin: Option<Pinning>,
+    pin: Option<Pinning>,
     /// Disks that have been made, by the name of the main file.
     made: HashSet<String>,
     /// The number of the last run.
@@ -49,6 +49,25 @@ pub struct Pinning {
     pub client: rustix::thread::CpuSet,
     /// The servers'.
     pub servers: rustix::thread::CpuSet,
+}
+
+impl Pinning {
+    /// The first half of the processors, rounded up, for the client; the rest for the servers.
+    pub fn of_this_machine() -> io::Result<Self> {
+        let all = rustix::thread::sched_getaffinity(None)?;
+        let count = all.count();
+        if count < 2 {
+            return Err(io::Error::other("--pin needs two processors"));
+        }
+        let (mut client, mut servers) =
+            (rustix::thread::CpuSet::new(), rustix::thread::CpuSet::new());
+        let ours = (0..rustix::thread::CpuSet::MAX_CPU).filter(|&cpu| all.is_set(cpu));
+        for (number, cpu) in (0u32..).zip(ours) {
+            let set = if number < count.div_ceil(2) { &mut client } else { &mut servers };
+            set.set(cpu);
+        }
+        Ok(Self { client, servers })
+    }
 }
 
 /// One run's figures.
@@ -87,6 +106,17 @@ impl Disks {
         self.sockets.path().join("s")
     }
 
+    /// Keeps this thread, and what it starts, apart from the servers.
+    pub fn pin(&mut self, pinning: Pinning) -> io::Result<()> {
+        self.pin = Some(pinning);
+        self.set_processors(|pinning| &pinning.client)
+    }
+
+    /// A new folder beside the disks, removed when it goes out of scope.
+    pub fn subfolder(&self, name: &str) -> io::Result<TempDir> {
+        tempfile::Builder::new().prefix(name).tempdir_in(self.folder.path())
+    }
+
     /// The programs.
     pub fn programs(&self) -> &Programs {
         &self.programs
@@ -123,13 +153,11 @@ impl Disks {
     }
 
     /// Makes the disk that `state` asks for; returns the name of its main file.
-    fn prepare(&mut self, target: &Target, state: State) -> io::Result<String> {
+    pub fn prepare(&mut self, target: &Target, state: State) -> io::Result<String> {
         let stem = match state {
             State::Untouched if !target.is_overlay() => return Ok("base.img".into()),
             State::Allocated if !target.is_overlay() => {
-                if self.made.insert("disk.raw".into()) {
-                    self.write_raw("disk.raw")?;
-                }
+                self.make_raw()?;
                 return Ok("disk.raw".into());
             }
             State::Fresh => {
@@ -149,12 +177,29 @@ impl Disks {
             File::create(self.path(&main))?.set_len(self.size)?;
         }
         if state == State::Allocated {
-            let hour = Duration::from_secs(3600);
-            let times = Times { warm_up: Duration::ZERO, measured: hour };
-            self.measure(target, &Workload::fill(), times, &self.path(&main))?;
-            self.generation += 1;
+            self.fill(target, &self.path(&main))?;
         }
         Ok(main)
+    }
+
+    /// Makes the file that the raw targets share, in the way in which overlays are filled: other
+    /// ways of writing leave another layout on a disk.
+    fn make_raw(&mut self) -> io::Result<()> {
+        if !self.made.insert("disk.raw".into()) {
+            return Ok(());
+        }
+        let path = self.path("disk.raw");
+        File::create(&path)?.set_len(self.size)?;
+        self.fill(&ALL[0], &path)
+    }
+
+    /// Writes all of a new disk.
+    fn fill(&mut self, target: &Target, file: &Path) -> io::Result<()> {
+        let hour = Duration::from_secs(3600);
+        let times = Times { warm_up: Duration::ZERO, measured: hour };
+        self.measure(target, &Workload::fill(), times, file)?;
+        self.generation += 1;
+        Ok(())
     }
 
     /// Removes the files of a disk, if they exist.
@@ -256,19 +301,19 @@ impl Disks {
         };
         let command = target.command(&self.programs, &served)?;
         // A process inherits the processors of the thread that starts it.
-        self.set_processors(|pinning| pinning.servers)?;
+        self.set_processors(|pinning| &pinning.servers)?;
         let server = Server::spawn(command, &socket);
-        self.set_processors(|pinning| pinning.client)?;
+        self.set_processors(|pinning| &pinning.client)?;
         server
     }
 
     /// Restricts this thread, and what it starts, to some processors, if that is wanted.
     fn set_processors(
         &self,
-        choose: impl Fn(&Pinning) -> rustix::thread::CpuSet,
+        choose: impl Fn(&Pinning) -> &rustix::thread::CpuSet,
     ) -> io::Result<()> {
         match &self.pin {
-            Some(pinning) => Ok(rustix::thread::sched_setaffinity(None, &choose(pinning))?),
+            Some(pinning) => Ok(rustix::thread::sched_setaffinity(None, choose(pinning))?),
             None => Ok(()),
         }
     }

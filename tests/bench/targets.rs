@@ -19,7 +19,7 @@ pub enum Kind {
     Limit,
     /// Our daemon on a plain raw image.
     Raw,
-    /// Our daemon on an add-cow disk with this cluster size.
+    /// Our daemon on an add-cow disk with this cluster size; empty: the image tool's default.
     AddCow(&'static str),
     /// qemu-storage-daemon on a plain raw image.
     QemuRaw,
@@ -51,6 +51,9 @@ pub const ALL: [Target; 9] = [
     Target { name: "qsd-datafile", kind: Kind::Qemu("qcow2", "cluster_size=64k,data_file=") },
     Target { name: "qsd-qed", kind: Kind::Qemu("qed", "") },
 ];
+
+/// An add-cow disk as the image tool makes it when nothing is said about clusters.
+pub const DEFAULT: Target = Target { name: "addcow-default", kind: Kind::AddCow("") };
 
 /// The programs that make and serve disks.
 #[derive(Debug, Clone)]
@@ -95,11 +98,6 @@ impl Target {
         matches!(self.kind, Kind::QemuRaw | Kind::Qemu(..))
     }
 
-    /// Whether the add-cow format is served.
-    pub fn is_add_cow(&self) -> bool {
-        matches!(self.kind, Kind::AddCow(_))
-    }
-
     /// Names of the files that a disk called `stem` consists of, the main one first.
     pub fn files(&self, stem: &str) -> Vec<String> {
         let stem = format!("{stem}-{}", self.name);
@@ -120,7 +118,10 @@ impl Target {
             Kind::AddCow(cluster) => {
                 let mut command = Command::new(&programs.addcow);
                 command.args(["create", "-q", "-b", "base.img", "-F", "raw"]);
-                command.args(["--cluster-size", cluster, &files[0]]);
+                if !cluster.is_empty() {
+                    command.args(["--cluster-size", cluster]);
+                }
+                command.arg(&files[0]);
                 command
             }
             Kind::Qemu(format, options) => {
