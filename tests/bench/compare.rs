@@ -69,7 +69,7 @@ struct Arguments {
     /// Rounds [default: 5; quick: 3]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Seconds that a run is measured [default: 0.5; quick: 1]
+    /// Seconds that a run is measured [default: 0.35; quick: 1]
     #[arg(long, value_name = "S")]
     seconds: Option<f64>,
     /// Folder for the images; more than one may be given [default: /dev/shm and target/bench]
@@ -179,7 +179,7 @@ impl<'a> Session<'a> {
     /// Fills in the defaults.
     fn new(arguments: &'a Arguments) -> io::Result<Self> {
         let quick = arguments.mode == "quick";
-        let seconds = arguments.seconds.unwrap_or(if quick { 1.0 } else { 0.5 });
+        let seconds = arguments.seconds.unwrap_or(if quick { 1.0 } else { 0.35 });
         let measured = Duration::try_from_secs_f64(seconds).map_err(io::Error::other)?;
         let warm_up = (measured / 4).min(Duration::from_millis(200));
         let matches = |name: &str, given: &Option<Regex>, in_quick: &[&str]| match given {
