@@ -2,8 +2,8 @@
 # A second QEMU beside the machine's own: version 10.0 from bookworm-backports, in a folder.
 #
 # Relies on common.sh and on Debian 12 (bookworm). The packages are downloaded with apt and
-# unpacked, not installed: the machine's packages and its apt configuration stay as they are. What lies in the
-# folder is kept for the next time. ADDCOW_MIRROR names another Debian mirror.
+# unpacked, not installed: the machine's packages and its apt configuration stay as they are. What
+# lies in the folder is kept for the next time. ADDCOW_MIRROR names another Debian mirror.
 
 qemu10_dir=${ADDCOW_CACHE_DIR:-$repo/target}/qemu-10
 
