@@ -47,8 +47,8 @@ make_guest_image() {
 
 # make_root_folder FOLDER: a minimal Debian with a kernel, without documentation.
 make_root_folder() {
-    local root=$1 dropped=(/usr/share/doc /usr/share/man /usr/share/locale /usr/share/info) options=()
-    local path
+    local root=$1 path options=()
+    local dropped=(/usr/share/doc /usr/share/man /usr/share/locale /usr/share/info)
     for path in "${dropped[@]}"; do options+=("--dpkgopt=path-exclude=$path/*"); done
     # The kernel is unpacked, not installed: installing it would build an initramfs nobody needs.
     # shellcheck disable=SC2016  # the hook's own shell expands it

@@ -7,8 +7,8 @@
 
 apt_updated=no
 
-# apt_install [--try] PACKAGE...: installs the packages without asking anything. With --try a failure
-# is returned, else it ends the script.
+# apt_install [--try] PACKAGE...: installs the packages without asking anything. With --try a
+# failure is returned, else it ends the script.
 apt_install() {
     local how=logged
     if [ "$1" = --try ]; then

@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # A second QEMU beside the machine's own: version 10.0 from bookworm-backports, in a folder.
 #
-# Relies on common.sh and on Debian 12 (bookworm). The packages are downloaded with apt and unpacked,
-# not installed: the machine's packages and its apt configuration stay as they are. What lies in the
-# folder is kept for the next time. ADDCOW_MIRROR names another Debian mirror.
+# Relies on common.sh and on Debian 12 (bookworm). The packages are downloaded with apt and
+# unpacked, not installed: the machine's packages and its apt configuration stay as they are. What
+# lies in the folder is kept for the next time. ADDCOW_MIRROR names another Debian mirror.
 
 qemu10_dir=${ADDCOW_CACHE_DIR:-$repo/target}/qemu-10
 
@@ -34,7 +34,8 @@ fetch_qemu10() {
         -o Dir::Cache::pkgcache= -o Dir::Cache::srcpkgcache=
         -o Debug::NoLocking=1 -o APT::Sandbox::User=root)
     apt-get "${options[@]}" update || return 1
-    apt-get "${options[@]}" -t bookworm-backports --download-only install qemu-system-x86 || return 1
+    apt-get "${options[@]}" -t bookworm-backports --download-only install qemu-system-x86 ||
+        return 1
     for package in "$qemu10_dir"/archives/*.deb; do
         dpkg-deb -x "$package" "$qemu10_dir/root" || return 1
     done

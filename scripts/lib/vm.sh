@@ -103,7 +103,8 @@ machine_options() {
 }
 
 # guest_start NAME JOB PROCESSORS QEMU-OPTION...: boots a guest whose first disk is its root file
-# system, and which runs the script JOB, with lib.sh from JOB's folder as /run/job.lib. Wants vmlinuz and initrd in the current folder.
+# system, and which runs the script JOB, with lib.sh from JOB's folder as /run/job.lib. Wants
+# vmlinuz and initrd in the current folder.
 guest_start() {
     local name=$1 job=$2 processors=$3 tree machine
     shift 3
@@ -163,7 +164,8 @@ guest_send() { printf '%s\n' "$1" >"$guest_name.job.in"; }
 # guest_finish SECONDS: waits for the power-off; the job must have ended with status 0 and the
 # kernel must not have complained about a disk. The limit grows under TCG.
 guest_finish() {
-    local tries=$(($1 * slow * 5)) status=0
+    local tries=$(($1 * slow * 5)) status=0 trouble
+    trouble='I/O error|EXT4-fs (error|warning)|Buffer I/O|Remounting|blocked for more|BUG:|Oops'
     while kill -0 "$guest_pid" 2>/dev/null; do
         [ "$tries" -gt 0 ] || guest_fail "has not powered off in $(($1 * slow)) s"
         sleep 0.2
@@ -175,8 +177,7 @@ guest_finish() {
     guest_pump_pid=
     [ "$status" -eq 0 ] || guest_fail "QEMU ended with status $status"
     grep -qx 'job-exit 0' "$guest_name.job.log" || guest_fail "its job failed"
-    if grep -nE 'I/O error|EXT4-fs (error|warning)|Buffer I/O|Remounting|blocked for more|BUG:|Oops' \
-        "$guest_name.console.log"; then
+    if grep -nE "$trouble" "$guest_name.console.log"; then
         guest_fail "its kernel complains (lines above)"
     fi
     rm -f "$guest_name".job.{in,out} "$guest_name.initrd"

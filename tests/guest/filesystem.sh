@@ -2,8 +2,8 @@
 # Guest job: ext4 on every add-cow disk at the same time, across a restart of the daemons.
 #
 # Relies on the disks' serial numbers (see tests/guest/run). Makes a file system, writes, trims,
-# checks, asks the host to restart the daemons, verifies, writes on. Leaves /manifest-DISK on the root
-# disk and the file systems for the next boot (verify.sh). Any failure ends the job.
+# checks, asks the host to restart the daemons, verifies, writes on. Leaves /manifest-DISK on the
+# root disk and the file systems for the next boot (verify.sh). Any failure ends the job.
 set -eu
 # shellcheck source=tests/guest/lib.sh
 . /run/job.lib
