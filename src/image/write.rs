@@ -29,15 +29,27 @@ impl<S: Storage> Image<S> {
         self.state.check_writable()?;
         let range = self.state.check_range(offset, data.len() as u64)?;
         let clusters = self.state.cluster_size.touched(range);
-        if self.state.allocation.is_allocated(clusters) {
+        if self.state.allocation.is_allocated(clusters.clone()) {
             return self.write_raw(range, data).await;
         }
+        if clusters.end - clusters.start <= MAX_LOCKED && self.state.bytes_of(&clusters) == range {
+            // Whole clusters, the common first write: nothing is copied, nothing allocated.
+            let _guard = self.state.locks.lock(clusters.clone()).await;
+            self.write_raw(range, data).await?;
+            self.mark_written(clusters);
+            return Ok(());
+        }
+        Box::pin(self.write_pieces(range, &data)).await
+    }
+
+    /// Writes a range that is too long to be locked at once, or has parts of unallocated clusters.
+    async fn write_pieces(&self, range: ByteRange, data: &IoBuffer) -> Result<(), ImageError> {
         let mut rest = range;
         while !rest.is_empty() {
             let first = self.state.cluster_size.index(rest.start());
             let end = self.state.cluster_size.start_of(first + MAX_LOCKED).min(rest.end());
             let piece = ByteRange::between(rest.start(), end);
-            let start = usize::try_from(piece.start() - offset).unwrap_or(usize::MAX);
+            let start = usize::try_from(piece.start() - range.start()).unwrap_or(usize::MAX);
             let len = usize::try_from(piece.len()).unwrap_or(usize::MAX);
             self.write_allocating(piece, data.slice(start, len)).await?;
             rest = ByteRange::between(end, rest.end());
@@ -54,16 +66,11 @@ impl<S: Storage> Image<S> {
         let tail = ByteRange::between(range.end(), covered.end());
         let head = self.fill(clusters.start, head).await?;
         let tail = self.fill(clusters.end - 1, tail).await?;
-        if head.is_none() && tail.is_none() {
-            // Whole clusters, the common case: nothing is copied, nothing allocated.
-            self.write_raw(range, data).await?;
-        } else {
-            let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
-            let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
-            let whole = IoBuffer::concat(&parts);
-            let written = ByteRange::between(start, start + whole.len() as u64);
-            self.write_raw(written, whole).await?;
-        }
+        let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
+        let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
+        let whole = IoBuffer::concat(&parts);
+        let written = ByteRange::between(start, start + whole.len() as u64);
+        self.write_raw(written, whole).await?;
         self.mark_written(clusters);
         Ok(())
     }

@@ -35,16 +35,20 @@ pub async fn read_up_to<S: Storage>(
     {
         return read_aligned(storage, offset, buffer).await;
     }
-    let mut done = 0;
-    while done < buffer.len() {
-        let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
-        let got = read_bounced(storage, offset + done as u64, &part).await?;
-        done += got;
-        if got < part.len() {
-            break;
+    // Boxed, as is its twin below: it must not make the futures of aligned requests larger.
+    Box::pin(async {
+        let mut done = 0;
+        while done < buffer.len() {
+            let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
+            let got = read_bounced(storage, offset + done as u64, &part).await?;
+            done += got;
+            if got < part.len() {
+                break;
+            }
         }
-    }
-    Ok(done)
+        Ok(done)
+    })
+    .await
 }
 
 /// Reads `buffer.len()` bytes from `offset`.
@@ -83,15 +87,18 @@ pub async fn write_all<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -
     if buffer.is_aligned(storage.alignment().memory) {
         return write_aligned(storage, offset, buffer).await;
     }
-    let mut done = 0;
-    while done < buffer.len() {
-        let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
-        let bounce = IoBuffer::zeroed(part.len());
-        bounce.copy_from_buffer(&part);
-        write_aligned(storage, offset + done as u64, bounce).await?;
-        done += part.len();
-    }
-    Ok(())
+    Box::pin(async {
+        let mut done = 0;
+        while done < buffer.len() {
+            let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
+            let bounce = IoBuffer::zeroed(part.len());
+            bounce.copy_from_buffer(&part);
+            write_aligned(storage, offset + done as u64, bounce).await?;
+            done += part.len();
+        }
+        Ok(())
+    })
+    .await
 }
 
 /// Makes `range` read zeros: by giving the blocks back or marking them (`preferred` first), and
