@@ -89,8 +89,13 @@ impl Segment {
         Self { address, len }
     }
 
+    /// The segment in pieces of at most `len` bytes.
+    pub(super) fn chunks(self, len: usize) -> impl Iterator<Item = Self> {
+        (0..self.len).step_by(len).map(move |start| self.part(start, len.min(self.len - start)))
+    }
+
     /// The segment as the kernel wants it.
-    fn iovec(self) -> libc::iovec {
+    pub(super) fn iovec(self) -> libc::iovec {
         libc::iovec { iov_base: self.address.as_ptr().cast(), iov_len: self.len }
     }
 }

@@ -12,6 +12,7 @@
 //! Not here: when to submit and when to sleep (`vhost_user::queue`).
 #![expect(unsafe_code, reason = "pushing submission queue entries that name memory and files")]
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::future::Future;
 use std::io;
@@ -23,6 +24,7 @@ use std::task::{Context, Poll, Waker};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::buffer::Segment;
 use super::file::fallocate_flags;
 use super::host_file::HostFile;
 use super::{Alignment, IoBuffer, Storage, ZeroMode};
@@ -35,6 +37,9 @@ const RING_ENTRIES: u32 = 256;
 
 /// Files that a ring can register; a disk has three. Further ones work too, a little slower.
 const MAX_FILES: u32 = 16;
+
+/// The most bytes of one piece of registered memory: the kernel's limit.
+const MAX_REGISTERED: usize = 1 << 30;
 
 /// Marks the user data of a watched descriptor; the low bits are its token.
 const WATCH_BIT: u64 = 1 << 63;
@@ -90,6 +95,11 @@ struct Inner {
     in_flight: usize,
     /// Watched descriptors.
     watches: Vec<Watch>,
+    /// Memory that was registered, as address ranges; their number in the kernel's table is their
+    /// index here. The owner keeps it mapped.
+    memory: Vec<std::ops::Range<usize>>,
+    /// Keeps registered memory mapped.
+    memory_owner: Option<Rc<dyn Any>>,
     /// Files that were registered; their number in the kernel's table is their index here.
     files: Vec<Arc<HostFile>>,
 }
@@ -134,6 +144,8 @@ impl Ring {
             free: Vec::new(),
             in_flight: 0,
             watches: Vec::new(),
+            memory: Vec::new(),
+            memory_owner: None,
             files: Vec::new(),
         };
         Ok(Rc::new(Self { inner: RefCell::new(inner) }))
@@ -144,6 +156,24 @@ impl Ring {
     pub fn storage(self: &Rc<Self>, file: Arc<HostFile>) -> UringStorage {
         let target = self.inner.borrow_mut().register(&file);
         UringStorage { ring: Rc::clone(self), file, target }
+    }
+
+    /// Registers memory, so that transfers of contiguous pieces of it spare the kernel the look-up
+    /// of its pages. It is pinned for the ring's life and counts against RLIMIT_MEMLOCK. `owner`
+    /// keeps it mapped. To be called once, at the start.
+    ///
+    /// # Errors
+    /// What io_uring_register(2) said. Everything works without.
+    pub fn register_memory(&self, segments: &[Segment], owner: Rc<dyn Any>) -> io::Result<()> {
+        let pieces: Vec<Segment> = segments.iter().flat_map(|s| s.chunks(MAX_REGISTERED)).collect();
+        let iovecs: Vec<libc::iovec> = pieces.iter().map(|segment| segment.iovec()).collect();
+        let mut inner = self.inner.borrow_mut();
+        // SAFETY: the segments are mapped for as long as `owner` lives, which is kept below until
+        // the ring is gone; and the kernel holds on to the pages by itself once they are pinned.
+        unsafe { inner.uring.submitter().register_buffers(&iovecs) }?;
+        inner.memory = pieces.iter().map(|s| s.address()..s.address() + s.len()).collect();
+        inner.memory_owner = Some(owner);
+        Ok(())
     }
 
     /// Reports `token` from [`Ring::reap`] whenever somebody writes to the eventfd `fd`, and once
@@ -237,18 +267,20 @@ impl Ring {
         Some(Event::Operation(waker))
     }
 
-    /// Queues the operation that `build` makes of the slot's segment list.
+    /// Queues the operation that `build` makes of the slot's segment list and, if that is one piece
+    /// of registered memory, the number of that.
     ///
     /// `build` must name only memory of `buffer`, of the list and of `file`.
     fn start(
         self: &Rc<Self>,
         file: &Arc<HostFile>,
         buffer: Option<IoBuffer>,
-        build: impl FnOnce(&[libc::iovec]) -> squeue::Entry,
+        build: impl FnOnce(&[libc::iovec], Option<u16>) -> squeue::Entry,
     ) -> io::Result<Operation> {
         let mut inner = self.inner.borrow_mut();
         let index = inner.acquire();
-        let slot = &mut inner.slots[index];
+        let Inner { slots, memory, .. } = &mut *inner;
+        let slot = &mut slots[index];
         slot.iovecs.clear();
         if let Some(buffer) = &buffer {
             buffer.iovecs(&mut slot.iovecs);
@@ -256,7 +288,11 @@ impl Ring {
         slot.buffer = buffer;
         slot.file = Some(Arc::clone(file));
         slot.state = OpState::Submitted(None);
-        let entry = build(&slot.iovecs);
+        let registered = match slot.iovecs[..] {
+            [one] => registered_index(memory, one),
+            _ => None,
+        };
+        let entry = build(&slot.iovecs, registered);
         let pushed = inner.push(&entry.user_data(index as u64));
         if let Err(error) = pushed {
             inner.release(index);
@@ -352,6 +388,14 @@ impl Inner {
         }
         Event::Watch(token)
     }
+}
+
+/// The number of the registered piece of memory that holds all of `iovec`.
+fn registered_index(memory: &[std::ops::Range<usize>], iovec: libc::iovec) -> Option<u16> {
+    let start = iovec.iov_base.addr();
+    let end = start.checked_add(iovec.iov_len)?;
+    let index = memory.iter().position(|piece| piece.start <= start && end <= piece.end)?;
+    u16::try_from(index).ok()
 }
 
 /// Calls `call` until it is not interrupted. A busy completion queue (EBUSY, EAGAIN) is not an
@@ -455,10 +499,15 @@ impl UringStorage {
 impl Storage for UringStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
         let target = self.target;
-        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs| {
+        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
             if let [one] = iovecs {
                 let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
-                on_target!(target, opcode::Read::new, base, len; .offset(offset))
+                match memory {
+                    Some(index) => {
+                        on_target!(target, opcode::ReadFixed::new, base, len, index; .offset(offset))
+                    }
+                    None => on_target!(target, opcode::Read::new, base, len; .offset(offset)),
+                }
             } else {
                 let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
                 on_target!(target, opcode::Readv::new, list, len; .offset(offset))
@@ -469,22 +518,28 @@ impl Storage for UringStorage {
 
     async fn write(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
         let target = self.target;
-        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs| {
-            if let [one] = iovecs {
-                let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
-                on_target!(target, opcode::Write::new, base, len; .offset(offset))
-            } else {
-                let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
-                on_target!(target, opcode::Writev::new, list, len; .offset(offset))
-            }
-        })?;
+        let operation =
+            self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
+                if let [one] = iovecs {
+                    let (base, len) = (one.iov_base.cast_const().cast(), kernel_len(one.iov_len));
+                    match memory {
+                        Some(index) => on_target!(
+                            target, opcode::WriteFixed::new, base, len, index; .offset(offset)
+                        ),
+                        None => on_target!(target, opcode::Write::new, base, len; .offset(offset)),
+                    }
+                } else {
+                    let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
+                    on_target!(target, opcode::Writev::new, list, len; .offset(offset))
+                }
+            })?;
         Ok(operation.await? as usize)
     }
 
     async fn zero(&self, range: ByteRange, mode: ZeroMode) -> io::Result<()> {
         let target = self.target;
         let flags = i32::try_from(fallocate_flags(mode).bits()).map_err(io::Error::other)?;
-        let operation = self.ring.start(&self.file, None, |_| {
+        let operation = self.ring.start(&self.file, None, |_, _| {
             let len = range.len();
             on_target!(target, opcode::Fallocate::new, len; .offset(range.start()); .mode(flags))
         })?;
@@ -496,7 +551,7 @@ impl Storage for UringStorage {
         let operation = self.ring.start(
             &self.file,
             None,
-            |_| on_target!(target, opcode::Fsync::new; .flags(types::FsyncFlags::DATASYNC)),
+            |_, _| on_target!(target, opcode::Fsync::new; .flags(types::FsyncFlags::DATASYNC)),
         )?;
         operation.await.map(|_| ())
     }

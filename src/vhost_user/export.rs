@@ -95,10 +95,19 @@ pub struct Export {
     config: DeviceConfig,
     /// Whether a device that was just reset caches writes until they are flushed.
     writeback: bool,
-    /// The longest that a queue polls before it sleeps.
-    poll_limit: Duration,
+    /// How its queues run.
+    tuning: Tuning,
     /// Told when to stop.
     stop: StopHandle,
+}
+
+/// How queues run.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuning {
+    /// The longest that a queue polls before it sleeps.
+    pub poll_limit: Duration,
+    /// Whether guest memory is registered with each queue's io_uring: faster, but pinned.
+    pub register_memory: bool,
 }
 
 impl Export {
@@ -108,10 +117,10 @@ impl Export {
         image: OpenImage,
         config: DeviceConfig,
         writeback: bool,
-        poll_limit: Duration,
+        tuning: Tuning,
         stop: StopHandle,
     ) -> Self {
-        Self { image: Arc::new(image), config, writeback, poll_limit, stop }
+        Self { image: Arc::new(image), config, writeback, tuning, stop }
     }
 
     /// Serves until it is stopped, or until the only front end hangs up. Then flushes the disk.
@@ -174,8 +183,9 @@ impl Export {
         let image = Arc::clone(&self.image);
         let state = Arc::clone(&image.state);
         let device = Arc::new(DeviceState::new(self.config.clone(), state, self.writeback));
-        let poll_limit = self.poll_limit;
-        let context = QueueContext { image, device, poll_limit, log_limit: LogLimit::default() };
+        let Tuning { poll_limit, register_memory } = self.tuning;
+        let log_limit = LogLimit::default();
+        let context = QueueContext { image, device, poll_limit, register_memory, log_limit };
         let memory = SharedMemory::new(GuestMemoryMmap::new());
         let backend = Arc::new(BlkBackend::new(context, memory.clone()));
         let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)

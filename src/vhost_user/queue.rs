@@ -54,6 +54,8 @@ pub struct QueueContext {
     pub device: Arc<DeviceState>,
     /// The longest that a queue polls before it sleeps.
     pub poll_limit: Duration,
+    /// Whether guest memory is registered with each queue's io_uring.
+    pub register_memory: bool,
     /// Bounds what malformed chains write to the log.
     pub log_limit: LogLimit,
 }
@@ -70,6 +72,11 @@ pub fn run(
 ) -> Result<(), QueueError> {
     let mut virtqueue = SplitRing::new(map, permit.setup)?;
     let ring = Ring::new()?;
+    if context.register_memory
+        && let Err(error) = ring.register_memory(&map.regions(), map.owner())
+    {
+        log::warn!("guest memory is not registered: {error} (see RLIMIT_MEMLOCK)");
+    }
     ring.watch(Arc::clone(&permit.kick), KICK)?;
     ring.watch(Arc::clone(permit.control().wake_fd()), WAKE)?;
     let image = context.image.handle(|file| ring.storage(file));

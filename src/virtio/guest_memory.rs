@@ -105,6 +105,12 @@ impl GuestMap {
         Ok(())
     }
 
+    /// All of guest memory, region by region. This map must be their owner.
+    #[must_use]
+    pub fn regions(&self) -> Vec<Segment> {
+        self.regions.iter().filter_map(|region| self.piece(region.start, region.len)).collect()
+    }
+
     /// This map as the owner of segments.
     #[must_use]
     pub fn owner(self: &Rc<Self>) -> Rc<dyn Any> {
