@@ -28,27 +28,44 @@ pub async fn read_up_to<S: Storage>(
     offset: u64,
     buffer: IoBuffer,
 ) -> io::Result<usize> {
+    if buffer.is_empty() {
+        return Ok(0);
+    }
+    if !is_aligned(storage, offset, &buffer) {
+        return Box::pin(read_in_bounces(storage, offset, &buffer)).await;
+    }
+    // The transfer that simply works. Everything else is boxed, here and in `write_all`: it would
+    // make the future of every request several times as large.
+    match storage.read(offset, buffer.clone()).await {
+        Ok(got) if got >= buffer.len() => Ok(buffer.len()),
+        first => Box::pin(read_on(storage, offset, &buffer, first)).await,
+    }
+}
+
+/// Whether a transfer may go to the storage as it is.
+fn is_aligned<S: Storage>(storage: &S, offset: u64, buffer: &IoBuffer) -> bool {
     let rule = storage.alignment();
-    if offset.is_multiple_of(rule.offset)
+    offset.is_multiple_of(rule.offset)
         && (buffer.len() as u64).is_multiple_of(rule.offset)
         && buffer.is_aligned(rule.memory)
-    {
-        return read_aligned(storage, offset, buffer).await;
-    }
-    // Boxed, as is its twin below: it must not make the futures of aligned requests larger.
-    Box::pin(async {
-        let mut done = 0;
-        while done < buffer.len() {
-            let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
-            let got = read_bounced(storage, offset + done as u64, &part).await?;
-            done += got;
-            if got < part.len() {
-                break;
-            }
+}
+
+/// Reads an unaligned buffer, piece by piece.
+async fn read_in_bounces<S: Storage>(
+    storage: &S,
+    offset: u64,
+    buffer: &IoBuffer,
+) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
+        let got = read_bounced(storage, offset + done as u64, &part).await?;
+        done += got;
+        if got < part.len() {
+            break;
         }
-        Ok(done)
-    })
-    .await
+    }
+    Ok(done)
 }
 
 /// Reads `buffer.len()` bytes from `offset`.
@@ -84,21 +101,35 @@ pub async fn read_or_zero<S: Storage>(
 /// # Errors
 /// What the storage said, `WriteZero` if it took nothing. Any part may have been written.
 pub async fn write_all<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<()> {
-    if buffer.is_aligned(storage.alignment().memory) {
-        return write_aligned(storage, offset, buffer).await;
+    if buffer.is_empty() {
+        return Ok(());
     }
-    Box::pin(async {
-        let mut done = 0;
-        while done < buffer.len() {
-            let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
-            let bounce = IoBuffer::zeroed(part.len());
-            bounce.copy_from_buffer(&part);
-            write_aligned(storage, offset + done as u64, bounce).await?;
-            done += part.len();
-        }
-        Ok(())
-    })
-    .await
+    if !buffer.is_aligned(storage.alignment().memory) {
+        return Box::pin(write_in_bounces(storage, offset, &buffer)).await;
+    }
+    match storage.write(offset, buffer.clone()).await {
+        Ok(put) if put >= buffer.len() => Ok(()),
+        first => Box::pin(write_on(storage, offset, &buffer, first)).await,
+    }
+}
+
+/// Writes an unaligned buffer, piece by piece.
+async fn write_in_bounces<S: Storage>(
+    storage: &S,
+    offset: u64,
+    buffer: &IoBuffer,
+) -> io::Result<()> {
+    let mut done = 0;
+    while done < buffer.len() {
+        let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
+        let bounce = IoBuffer::zeroed(part.len());
+        bounce.copy_from_buffer(&part);
+        let offset = offset + done as u64;
+        let first = storage.write(offset, bounce.clone()).await;
+        write_on(storage, offset, &bounce, first).await?;
+        done += part.len();
+    }
+    Ok(())
 }
 
 /// Makes `range` read zeros: by giving the blocks back or marking them (`preferred` first), and
@@ -183,31 +214,33 @@ fn check_interruption(error: io::Error, interruptions: &mut u32) -> io::Result<(
     }
 }
 
-/// Reads an aligned buffer, going on after short transfers until it is full or the file ends.
-async fn read_aligned<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
-    let len = buffer.len();
-    let mut rest = buffer;
+/// Goes on with reading an aligned buffer after its first transfer, until it is full or the file
+/// ends.
+async fn read_on<S: Storage>(
+    storage: &S,
+    offset: u64,
+    buffer: &IoBuffer,
+    first: io::Result<usize>,
+) -> io::Result<usize> {
+    let mut result = first;
     let mut done = 0;
     let mut interruptions = 0;
-    while !rest.is_empty() {
-        let got = match storage.read(offset + done as u64, rest.clone()).await {
-            Ok(0) => break,
-            Ok(got) => got.min(rest.len()),
-            Err(error) => {
-                check_interruption(error, &mut interruptions)?;
-                continue;
+    loop {
+        match result {
+            Ok(0) => return Ok(done),
+            Ok(got) => {
+                interruptions = 0;
+                done = (done + got).min(buffer.len());
             }
-        };
-        interruptions = 0;
-        done += got;
-        rest = rest.tail(got);
+            Err(error) => check_interruption(error, &mut interruptions)?,
+        }
         // A direct read that stops in the middle of a block has met the end of the file; going on
         // from there would be misaligned.
-        if done < len && !(done as u64).is_multiple_of(storage.alignment().offset) {
-            break;
+        if done == buffer.len() || !(done as u64).is_multiple_of(storage.alignment().offset) {
+            return Ok(done);
         }
+        result = storage.read(offset + done as u64, buffer.tail(done)).await;
     }
-    Ok(done)
 }
 
 /// Reads `part` (at most [`BOUNCE_LEN`] bytes) through an aligned buffer of our own, widened to
@@ -216,29 +249,36 @@ async fn read_bounced<S: Storage>(storage: &S, offset: u64, part: &IoBuffer) -> 
     let unit = PAGE_SIZE as u64;
     let lead = usize::try_from(offset % unit).map_err(io::Error::other)?;
     let bounce = IoBuffer::zeroed((lead + part.len()).next_multiple_of(PAGE_SIZE));
-    let got = read_aligned(storage, offset - lead as u64, bounce.clone()).await?;
+    let start = offset - lead as u64;
+    let first = storage.read(start, bounce.clone()).await;
+    let got = read_on(storage, start, &bounce, first).await?;
     let useful = got.saturating_sub(lead).min(part.len());
     part.slice(0, useful).copy_from_buffer(&bounce.slice(lead, useful));
     Ok(useful)
 }
 
-/// Writes an aligned buffer, going on after short transfers.
-async fn write_aligned<S: Storage>(storage: &S, offset: u64, buffer: IoBuffer) -> io::Result<()> {
-    let mut offset = offset;
-    let mut rest = buffer;
+/// Goes on with writing an aligned buffer after its first transfer, until all of it is written.
+async fn write_on<S: Storage>(
+    storage: &S,
+    offset: u64,
+    buffer: &IoBuffer,
+    first: io::Result<usize>,
+) -> io::Result<()> {
+    let mut result = first;
+    let mut done = 0;
     let mut interruptions = 0;
-    while !rest.is_empty() {
-        let put = match storage.write(offset, rest.clone()).await {
-            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-            Ok(put) => put.min(rest.len()),
-            Err(error) => {
-                check_interruption(error, &mut interruptions)?;
-                continue;
+    loop {
+        match result {
+            Ok(0) if done < buffer.len() => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(put) => {
+                interruptions = 0;
+                done = (done + put).min(buffer.len());
             }
-        };
-        interruptions = 0;
-        offset += put as u64;
-        rest = rest.tail(put);
+            Err(error) => check_interruption(error, &mut interruptions)?,
+        }
+        if done == buffer.len() {
+            return Ok(());
+        }
+        result = storage.write(offset + done as u64, buffer.tail(done)).await;
     }
-    Ok(())
 }
