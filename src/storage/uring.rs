@@ -499,20 +499,21 @@ impl UringStorage {
 impl Storage for UringStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
         let target = self.target;
-        let operation = self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
-            if let [one] = iovecs {
-                let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
-                match memory {
-                    Some(index) => {
-                        on_target!(target, opcode::ReadFixed::new, base, len, index; .offset(offset))
+        let operation =
+            self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
+                if let [one] = iovecs {
+                    let (base, len) = (one.iov_base.cast(), kernel_len(one.iov_len));
+                    match memory {
+                        Some(index) => on_target!(
+                            target, opcode::ReadFixed::new, base, len, index; .offset(offset)
+                        ),
+                        None => on_target!(target, opcode::Read::new, base, len; .offset(offset)),
                     }
-                    None => on_target!(target, opcode::Read::new, base, len; .offset(offset)),
+                } else {
+                    let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
+                    on_target!(target, opcode::Readv::new, list, len; .offset(offset))
                 }
-            } else {
-                let (list, len) = (iovecs.as_ptr(), kernel_len(iovecs.len()));
-                on_target!(target, opcode::Readv::new, list, len; .offset(offset))
-            }
-        })?;
+            })?;
         Ok(operation.await? as usize)
     }
 
