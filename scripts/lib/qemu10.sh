@@ -52,4 +52,5 @@ use_qemu10() {
 }
 
 # Makes `qemu` the machine's own version again.
+# shellcheck disable=SC2034 # the functions of vm.sh use it
 use_system_qemu() { qemu=(qemu-system-x86_64); }

@@ -47,17 +47,22 @@ pub enum ImageError {
     Failed,
     /// The host failed. A write may have been done in part, but no cluster has become visible that
     /// was not whole.
-    #[error("cannot {action} {role} at {range:?}")]
+    #[error("cannot {action} {role}{}", place(*range))]
     Io {
         /// What we were doing.
         action: &'static str,
         /// To which file.
         role: FileRole,
-        /// Where, in bytes of that file.
+        /// Where, in bytes of that file; empty when it is about all of it.
         range: ByteRange,
         /// What the host said.
         source: io::Error,
     },
+}
+
+/// Where an error happened, as part of a sentence.
+fn place(range: ByteRange) -> String {
+    if range.is_empty() { String::new() } else { format!(" at {range:?}") }
 }
 
 impl ImageError {
