@@ -28,6 +28,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/virtio/guest_memory.rs",
     "tests/bench/lane.rs",
     "tests/bench/memory.rs",
+    "tests/allocations.rs",
     "tests/blkio.rs",
 ];
 
