@@ -57,6 +57,8 @@ pub struct HostFile {
     identity: FileIdentity,
     /// What transfers must keep to.
     alignment: Alignment,
+    /// Whether it lies on tmpfs.
+    in_memory: bool,
 }
 
 impl HostFile {
@@ -97,8 +99,9 @@ impl HostFile {
             FileType::BlockDevice => FileIdentity { device: stat.st_rdev, inode: 0 },
             other => return Err(io::Error::new(io::ErrorKind::InvalidInput, wrong_type(other))),
         };
-        let alignment = set_flags(&file, cache)?;
-        Ok(Self { file, path: path.to_owned(), identity, alignment })
+        let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
+        let alignment = set_flags(&file, cache, in_memory)?;
+        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory })
     }
 
     /// The open file.
@@ -123,6 +126,12 @@ impl HostFile {
     #[must_use]
     pub fn alignment(&self) -> Alignment {
         self.alignment
+    }
+
+    /// Whether the file lies in memory (tmpfs): its operations do not wait for a device.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        self.in_memory
     }
 
     /// Length in bytes, also of a block device.
@@ -186,9 +195,9 @@ pub fn sync_folder(path: &Path) -> io::Result<()> {
 }
 
 /// Sets O_DIRECT and O_NONBLOCK as suits the file; returns the alignment that follows.
-fn set_flags(file: &File, cache: CacheMode) -> io::Result<Alignment> {
+fn set_flags(file: &File, cache: CacheMode, in_memory: bool) -> io::Result<Alignment> {
     let mut flags = fcntl_getfl(file)? - OFlags::DIRECT - OFlags::NONBLOCK;
-    if fstatfs(file)?.f_type == TMPFS_MAGIC {
+    if in_memory {
         // tmpfs is memory: there is no cache to pass, and no file on it ever blocks for long.
         // Without O_NONBLOCK io_uring would hand each of its requests to a worker thread, because
         // tmpfs lacks FMODE_NOWAIT.
