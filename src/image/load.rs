@@ -5,7 +5,6 @@ use std::io;
 use crate::format::{BitmapGeometry, FIXED_HEADER_LEN, FormatError, Header};
 use crate::image::allocation::AllocationMap;
 use crate::storage::{IoBuffer, Storage, transfer};
-use crate::units::ByteRange;
 
 /// How much of the bitmap is read at once, in bytes: a multiple of a bitmap page.
 const CHUNK_LEN: u64 = 1 << 20;
@@ -76,12 +75,6 @@ pub async fn bitmap<S: Storage>(
         position = end;
     }
     Ok(map)
-}
-
-/// The ranges of the bitmap's padding, from its last used byte to the end of the file.
-#[must_use]
-pub fn padding(geometry: &BitmapGeometry, side_len: u64) -> ByteRange {
-    ByteRange::between(geometry.offset() + geometry.used_len(), side_len.min(geometry.file_len()))
 }
 
 /// Reads up to `len` bytes from the start of the file.
