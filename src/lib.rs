@@ -5,6 +5,7 @@ pub mod cli;
 pub mod executor;
 pub mod format;
 pub mod image;
+pub mod jobs;
 pub mod log_limit;
 pub mod storage;
 pub mod units;

@@ -14,9 +14,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("format", &["units"]),
     ("storage", &["units"]),
     ("image", &["units", "format", "storage", "executor"]),
+    ("jobs", &["units", "format", "storage", "image", "executor"]),
     ("virtio", &["units", "storage", "image", "log_limit"]),
     ("vhost_user", &["executor", "storage", "image", "virtio", "log_limit"]),
-    ("cli", &["units", "executor", "format", "storage", "image", "virtio", "vhost_user"]),
+    ("cli", &["units", "executor", "format", "storage", "image", "jobs", "virtio", "vhost_user"]),
     ("bin", &["cli"]),
 ];
 
