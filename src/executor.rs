@@ -98,10 +98,10 @@ impl<F: Future> TaskPool<F> {
         self.slots.len() - self.free.len()
     }
 
-    /// The number (below the capacity) of the place that the next task will have, if there is room.
+    /// How many more tasks can be started now.
     #[must_use]
-    pub fn next_place(&self) -> Option<usize> {
-        self.free.last().copied().or((self.slots.len() < self.capacity).then_some(self.slots.len()))
+    pub fn room(&self) -> usize {
+        self.capacity - self.running()
     }
 
     /// Starts a task and polls it once. Returns its output if it is done already.
@@ -109,7 +109,7 @@ impl<F: Future> TaskPool<F> {
     /// # Panics
     /// If there is no room.
     pub fn start(&mut self, future: F) -> Option<F::Output> {
-        assert!(self.next_place().is_some(), "task pool is full");
+        assert!(self.room() > 0, "task pool is full");
         let index = self.free.pop().unwrap_or_else(|| {
             let index = self.slots.len();
             let waker = Waker::from(Arc::new(TaskWaker { ready: Arc::clone(&self.ready), index }));

@@ -24,10 +24,14 @@ use crate::virtio::request::Used;
 use crate::virtio::ring::{RingError, SplitRing};
 
 /// The most requests of one queue that are carried out at the same time; the others wait in the
-/// ring. Their segment lists take at most 128 * 1024 * 16 bytes = 2 MiB.
+/// ring. With the batch before them their segment lists take at most 144 * 1024 * 16 bytes =
+/// 2.25 MiB.
 const MAX_REQUESTS: usize = 128;
 
-const _: () = assert!(MAX_REQUESTS * MAX_DESCRIPTORS as usize * 16 <= 2 << 20);
+/// The most chains that are taken together: see [`Worker::take`].
+const BATCH: usize = 16;
+
+const _: () = assert!((MAX_REQUESTS + BATCH) * MAX_DESCRIPTORS as usize * 16 <= 9 << 18);
 
 /// Token of the kick.
 const KICK: u32 = 0;
@@ -85,10 +89,18 @@ pub fn run(
     let pool = TaskPool::new(MAX_REQUESTS, Box::new(move || ring_eventfd(&wake)));
     let source = ChainSource::new(map, indirect);
     let polling = Polling::new(context.poll_limit);
-    let mut worker =
-        Worker { context, permit, ring: &ring, virtqueue: &mut virtqueue, source, polling };
+    let mut worker = Worker {
+        context,
+        permit,
+        ring: &ring,
+        virtqueue: &mut virtqueue,
+        source,
+        batch: Vec::with_capacity(BATCH),
+        polling,
+    };
     let result = worker.run(pool, |chain| device.serve(chain));
     permit.store_indices(&virtqueue);
+    context.image.release_mappings();
     result
 }
 
@@ -100,29 +112,63 @@ struct ChainSource {
     owner: Rc<dyn std::any::Any>,
     /// Whether indirect descriptors were negotiated.
     indirect: bool,
-    /// One segment list per place of the task pool, reused.
+    /// Segment lists, reused; at most one for each request and each chain of a batch.
     memories: Vec<Rc<IoMemory>>,
+    /// Which of them was used last.
+    last: usize,
 }
 
 impl ChainSource {
     /// A source on `map`.
     fn new(map: &Rc<GuestMap>, indirect: bool) -> Self {
-        Self { map: Rc::clone(map), owner: map.owner(), indirect, memories: Vec::new() }
+        Self { map: Rc::clone(map), owner: map.owner(), indirect, memories: Vec::new(), last: 0 }
     }
 
-    /// Walks the chain at `head` into the list of `place`.
-    fn walk(
-        &mut self,
-        virtqueue: &SplitRing,
-        head: u16,
-        place: usize,
-    ) -> Result<Chain, chain::ChainError> {
-        while self.memories.len() <= place {
-            self.memories.push(Rc::default());
-        }
+    /// Walks the chain at `head`.
+    fn walk(&mut self, virtqueue: &SplitRing, head: u16) -> Result<Chain, chain::ChainError> {
         let table = (virtqueue.descriptors(), virtqueue.size());
-        let memory = &mut self.memories[place];
+        let memory = self.spent_memory();
+        let memory = &mut self.memories[memory];
         chain::walk(&self.map, &self.owner, table, self.indirect, head, memory)
+    }
+
+    /// The number of a segment list that no request has any more, a new one if need be.
+    fn spent_memory(&mut self) -> usize {
+        let count = self.memories.len();
+        let mut after = (1..=count).map(|step| (self.last + step) % count);
+        let spent = after.find(|index| Rc::strong_count(&self.memories[*index]) == 1);
+        self.last = spent.unwrap_or_else(|| {
+            self.memories.push(Rc::default());
+            count
+        });
+        self.last
+    }
+}
+
+/// The heads of a batch.
+#[derive(Default)]
+struct Heads {
+    /// The heads; those from `len` on mean nothing.
+    heads: [u16; BATCH],
+    /// How many there are.
+    len: usize,
+}
+
+impl Heads {
+    /// Adds a head; there is room for [`BATCH`].
+    fn push(&mut self, head: u16) {
+        if let Some(place) = self.heads.get_mut(self.len) {
+            *place = head;
+            self.len += 1;
+        }
+    }
+}
+
+impl std::ops::Deref for Heads {
+    type Target = [u16];
+
+    fn deref(&self) -> &[u16] {
+        &self.heads[..self.len]
     }
 }
 
@@ -138,6 +184,8 @@ struct Worker<'a> {
     virtqueue: &'a mut SplitRing,
     /// Where chains come from.
     source: ChainSource,
+    /// The chains of a batch. Empty outside [`Worker::take`].
+    batch: Vec<Chain>,
     /// How long to stay awake.
     polling: Polling,
 }
@@ -182,21 +230,61 @@ impl Worker<'_> {
         serve: &impl Fn(Chain) -> F,
     ) -> Result<usize, RingError> {
         let mut taken = 0;
-        while let Some(place) = pool.next_place() {
-            let Some(head) = self.virtqueue.pop()? else { break };
-            taken += 1;
-            let used = match self.source.walk(self.virtqueue, head, place) {
-                Ok(chain) => pool.start(serve(chain)),
+        loop {
+            let (heads, failure) = self.pop_batch(pool.room().min(BATCH));
+            if heads.is_empty() {
+                return failure.map_or(Ok(taken), Err);
+            }
+            taken += heads.len();
+            self.serve_batch(&heads, pool, serve);
+        }
+    }
+
+    /// Pops at most `room` heads, and what went wrong if anything did.
+    fn pop_batch(&mut self, room: usize) -> (Heads, Option<RingError>) {
+        let mut heads = Heads::default();
+        while heads.len() < room {
+            match self.virtqueue.pop() {
+                Ok(Some(head)) => {
+                    self.virtqueue.descriptors().prefetch_entry(head);
+                    heads.push(head);
+                }
+                Ok(None) => break,
+                Err(error) => return (heads, Some(error)),
+            }
+        }
+        (heads, None)
+    }
+
+    /// Walks the chains of a batch, then starts them.
+    ///
+    /// In steps over the whole batch, because each step reads memory that the driver has just
+    /// written on another processor: descriptors, then headers. Fetched one step ahead, these trips
+    /// overlap.
+    fn serve_batch<F: Future<Output = Used>>(
+        &mut self,
+        heads: &[u16],
+        pool: &mut TaskPool<F>,
+        serve: &impl Fn(Chain) -> F,
+    ) {
+        for &head in heads {
+            match self.source.walk(self.virtqueue, head) {
+                Ok(chain) => {
+                    chain.prefetch();
+                    self.batch.push(chain);
+                }
                 Err(error) => {
                     self.context.log_limit.debug(|| log::debug!("chain {head}: {error}"));
-                    Some(Used::untouched(head))
+                    let used = Used::untouched(head);
+                    self.virtqueue.push_used(used.head, used.len);
                 }
-            };
-            if let Some(used) = used {
+            }
+        }
+        for chain in self.batch.drain(..) {
+            if let Some(used) = pool.start(serve(chain)) {
                 self.virtqueue.push_used(used.head, used.len);
             }
         }
-        Ok(taken)
     }
 
     /// Sleeps until an I/O completes, the driver kicks, or somebody wakes us.
@@ -206,7 +294,7 @@ impl Worker<'_> {
         stopping: bool,
     ) -> Result<(), QueueError> {
         // With every place taken new chains cannot be served: no kick is wanted for them.
-        let wants_chains = !stopping && pool.next_place().is_some();
+        let wants_chains = !stopping && pool.room() > 0;
         // While the host works on something it will wake us soon enough, and polling would only
         // take the processor away from it: poll for the driver alone.
         let idle = wants_chains && self.ring.in_flight() == 0;

@@ -74,6 +74,15 @@ pub struct Chain {
     pub writable: IoBuffer,
 }
 
+impl Chain {
+    /// Fetches what a request's parser reads first and its answer writes last, the header and the
+    /// status byte: the driver has just written the one and looked at the other on its processor.
+    pub fn prefetch(&self) {
+        self.readable.prefetch_start();
+        self.writable.prefetch_end();
+    }
+}
+
 /// `struct virtq_desc` (2.7.5) as the guest writes it.
 #[derive(FromBytes, Immutable, KnownLayout)]
 #[repr(C)]

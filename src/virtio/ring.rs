@@ -80,6 +80,9 @@ pub struct SplitRing {
     event_idx: bool,
     /// The next available entry to take.
     next_avail: u16,
+    /// The driver's available index when it was last read. That line of memory is the driver's,
+    /// and each look at it may cost a trip to another processor.
+    seen_avail: u16,
     /// The next used entry to fill.
     next_used: u16,
     /// The used index as last published.
@@ -119,6 +122,7 @@ impl SplitRing {
             used: area("used ring", setup.used, used_len, 4)?,
             event_idx: setup.event_idx,
             next_avail: setup.next_avail,
+            seen_avail: setup.next_avail,
             next_used: setup.next_used,
             published: setup.next_used,
             used_event: avail_len.saturating_sub(2),
@@ -155,14 +159,18 @@ impl SplitRing {
     /// # Errors
     /// `AvailIndex`: the ring is beyond use until it is set up again.
     pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
-        // Acquire: the entry and its descriptors were written before the index (2.7.13).
-        let index = self.available.load_u16(2, Ordering::Acquire);
-        let ahead = index.wrapping_sub(self.next_avail);
-        if ahead == 0 {
-            return Ok(None);
-        }
-        if ahead > self.size {
-            return Err(RingError::AvailIndex { index, next: self.next_avail, size: self.size });
+        if self.seen_avail == self.next_avail {
+            // Acquire: the entry and its descriptors were written before the index (2.7.13).
+            let index = self.available.load_u16(2, Ordering::Acquire);
+            let ahead = index.wrapping_sub(self.next_avail);
+            if ahead > self.size {
+                let (next, size) = (self.next_avail, self.size);
+                return Err(RingError::AvailIndex { index, next, size });
+            }
+            if ahead == 0 {
+                return Ok(None);
+            }
+            self.seen_avail = index;
         }
         let head = self.available.load_u16(self.position(self.next_avail, 2), Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);

@@ -56,7 +56,7 @@ pub fn pattern(seed: u64, first_sector: u64, len: usize) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(len + 16);
     let mut position = 0;
     while bytes.len() < len {
-        let sector = first_sector + position / to_u64(SECTOR);
+        let sector = first_sector.wrapping_add(position / to_u64(SECTOR));
         let mixed = rng::mix(seed ^ sector.wrapping_mul(0x9e37_79b9) ^ (position << 40));
         bytes.extend_from_slice(&(sector << 8 | 0x80).to_le_bytes());
         bytes.extend_from_slice(&(mixed | 1).to_le_bytes());
