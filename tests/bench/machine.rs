@@ -81,3 +81,12 @@ pub fn file_system(folder: &Path) -> io::Result<String> {
     }
     Ok(best.1)
 }
+
+/// Processor time that the hypervisor has given to somebody else while this machine wanted it,
+/// since it started, in seconds of one processor (proc(5), `steal`).
+pub fn stolen_seconds() -> io::Result<f64> {
+    let stat = std::fs::read_to_string("/proc/stat")?;
+    let mut words = stat.lines().next().unwrap_or_default().split_whitespace();
+    let ticks = words.nth(8).and_then(|word| word.parse::<f64>().ok()).unwrap_or(0.0);
+    Ok(ticks / rustix::param::clock_ticks_per_second() as f64)
+}
