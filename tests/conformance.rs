@@ -78,20 +78,33 @@ struct Files {
     folder: TempDir,
     /// In which mode.
     cache: CacheMode,
+    /// Whether they are mapped.
+    mapped: bool,
 }
 
 impl Files {
     /// An empty folder on a real disk.
     fn new(cache: CacheMode) -> Self {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        Self { folder, cache }
+        Self { folder, cache, mapped: false }
+    }
+
+    /// An empty folder below `place`, for files that are mapped.
+    fn mapped(place: &str) -> Self {
+        let folder = tempfile::tempdir_in(place).unwrap();
+        Self { folder, cache: CacheMode::Buffered, mapped: true }
     }
 
     /// A new file with this content.
     fn make(&self, content: &[u8]) -> Arc<HostFile> {
         let path = self.folder.path().join(format!("{:x}", fastrand::u64(..)));
         File::create_new(&path).unwrap().write_all(content).unwrap();
-        Arc::new(HostFile::open(&path, Access::ReadWrite, self.cache).unwrap())
+        let file = HostFile::open(&path, Access::ReadWrite, self.cache).unwrap();
+        if self.mapped {
+            file.map();
+            assert_eq!(file.mapping().is_some(), !content.is_empty());
+        }
+        Arc::new(file)
     }
 }
 
@@ -365,6 +378,16 @@ fn direct() -> Files {
 /// An engine on a new ring.
 fn uring(files: Files) -> Uring {
     Uring { files, ring: Ring::new().unwrap() }
+}
+
+#[test]
+fn io_uring_with_files_mapped_from_tmpfs_conforms() {
+    conforms(&uring(Files::mapped("/dev/shm")));
+}
+
+#[test]
+fn io_uring_with_files_mapped_from_the_page_cache_conforms() {
+    conforms(&uring(Files::mapped(env!("CARGO_TARGET_TMPDIR"))));
 }
 
 #[test]

@@ -24,6 +24,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
 /// The files with `unsafe`; each says at its top what for.
 const UNSAFE_FILES: &[&str] = &[
     "src/storage/buffer.rs",
+    "src/storage/fault_guard.rs",
+    "src/storage/mapping.rs",
     "src/storage/uring.rs",
     "src/vhost_user/exit_event.rs",
     "src/virtio/guest_memory.rs",

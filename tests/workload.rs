@@ -48,6 +48,12 @@ fn workload_with_4k_clusters_and_a_short_base_agrees_with_the_model() {
 }
 
 #[test]
+fn workload_on_tmpfs_agrees_with_the_model() {
+    let shape = Shape::new(6 * MIB + 3 * 512, 4 * KIB).base(3 * MIB + 512);
+    agrees_with_the_model(shape.in_memory(), 1004);
+}
+
+#[test]
 fn workload_with_64k_clusters_and_a_short_base_agrees_with_the_model() {
     let shape = Shape::new(9 * MIB + 512, 64 * KIB).base(5 * MIB + 7 * 512);
     agrees_with_the_model(shape, 1002);

@@ -110,6 +110,10 @@ struct Arguments {
     /// guest's memory, so that ballooning and free page reporting give nothing back.
     #[arg(long)]
     register_memory: bool,
+    /// Move all data with io_uring. By default what is in memory already, on tmpfs or in the page
+    /// cache of the backing file, is copied from a mapping of the file, without a system call.
+    #[arg(long)]
+    no_mapping: bool,
     /// Serial number of the disk, at most 20 bytes of ASCII; the guest sees it in /dev/disk/by-id.
     #[arg(long, value_name = "S", default_value = "", value_parser = parse_serial)]
     serial: String,
@@ -165,6 +169,9 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// Opens the disk and serves it until told to stop.
 fn serve(arguments: &Arguments) -> Outcome {
     let image = open_image(arguments)?;
+    if !arguments.no_mapping {
+        image.map_files();
+    }
     let stop = StopHandle::new()?;
     let socket = match (&arguments.fd, &arguments.socket_path) {
         (Some(fd), _) => Socket::inherited(*fd)?,

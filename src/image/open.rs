@@ -19,6 +19,7 @@ use crate::image::allocation::AllocationMap;
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::mapping::Mapping;
 use crate::units::SECTOR_SIZE;
 
 /// The only format of raw images and backing files so far.
@@ -71,6 +72,24 @@ impl OpenImage {
             self.side.as_ref().map(make),
             self.backing.as_ref().map(make),
         )
+    }
+}
+
+impl OpenImage {
+    /// Maps the files with the guest's data, where that is possible, so that what is in memory
+    /// already is moved without a system call.
+    pub fn map_files(&self) {
+        self.data_files().for_each(|file| file.map());
+    }
+
+    /// Gives the page tables of mapped files back: nobody uses the disk for now.
+    pub fn release_mappings(&self) {
+        self.data_files().filter_map(|file| file.mapping()).for_each(Mapping::release);
+    }
+
+    /// The files with the guest's data.
+    fn data_files(&self) -> impl Iterator<Item = &Arc<HostFile>> {
+        std::iter::once(&self.raw).chain(&self.backing)
     }
 }
 

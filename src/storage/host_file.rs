@@ -9,11 +9,13 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, fsync, open, seek, statx};
 
 use super::Alignment;
+use super::mapping::Mapping;
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
@@ -59,6 +61,8 @@ pub struct HostFile {
     alignment: Alignment,
     /// Whether it lies on tmpfs.
     in_memory: bool,
+    /// Its mapping, once [`HostFile::map`] was called and could make one.
+    mapping: OnceLock<Mapping>,
 }
 
 impl HostFile {
@@ -101,7 +105,8 @@ impl HostFile {
         };
         let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
         let alignment = set_flags(&file, cache, in_memory)?;
-        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory })
+        let mapping = OnceLock::new();
+        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory, mapping })
     }
 
     /// The open file.
@@ -132,6 +137,33 @@ impl HostFile {
     #[must_use]
     pub fn is_in_memory(&self) -> bool {
         self.in_memory
+    }
+
+    /// Maps the file, so that what is in memory already can be moved without a system call. Does
+    /// nothing where that is not possible or would pass a cache that was not asked for.
+    pub fn map(&self) {
+        // Past the page cache is past a mapping, too.
+        let cached = self.alignment == Alignment::NONE;
+        if !cached || self.identity.inode == 0 || self.mapping.get().is_some() {
+            return;
+        }
+        let mapped = fcntl_getfl(&self.file).map_err(io::Error::from).and_then(|flags| {
+            // Pages of the page cache would have to be written back: that is a job for the host's
+            // I/O, which knows when a disk is slow.
+            let writable = self.in_memory && flags.contains(OFlags::RDWR);
+            Mapping::new(&self.file, self.len()?, self.in_memory, writable)
+        });
+        match mapped {
+            // Lost against another thread that did the same: dropped.
+            Ok(mapping) => drop(self.mapping.set(mapping)),
+            Err(error) => log::debug!("'{}' is not mapped: {error}", self.path.display()),
+        }
+    }
+
+    /// The mapping, if there is one.
+    #[must_use]
+    pub fn mapping(&self) -> Option<&Mapping> {
+        self.mapping.get()
     }
 
     /// Length in bytes, also of a block device.

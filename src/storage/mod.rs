@@ -9,8 +9,10 @@
 //! `image`, and the order is its promise.
 
 pub mod buffer;
+pub mod fault_guard;
 pub mod file;
 pub mod host_file;
+pub mod mapping;
 pub mod sim;
 pub mod transfer;
 pub mod uring;

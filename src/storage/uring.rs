@@ -498,6 +498,11 @@ impl UringStorage {
 
 impl Storage for UringStorage {
     async fn read(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
+        if let Some(mapping) = self.file.mapping()
+            && mapping.read(offset, &buffer)
+        {
+            return Ok(buffer.len());
+        }
         let target = self.target;
         let operation =
             self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
@@ -518,6 +523,11 @@ impl Storage for UringStorage {
     }
 
     async fn write(&self, offset: u64, buffer: IoBuffer) -> io::Result<usize> {
+        if let Some(mapping) = self.file.mapping()
+            && mapping.write(offset, &buffer)
+        {
+            return Ok(buffer.len());
+        }
         let target = self.target;
         let operation =
             self.ring.start(&self.file, Some(Self::clip(buffer)), |iovecs, memory| {
@@ -544,7 +554,11 @@ impl Storage for UringStorage {
             let len = range.len();
             on_target!(target, opcode::Fallocate::new, len; .offset(range.start()); .mode(flags))
         })?;
-        operation.await.map(|_| ())
+        let result = operation.await;
+        if let Some(mapping) = self.file.mapping() {
+            mapping.forget(range);
+        }
+        result.map(|_| ())
     }
 
     async fn sync(&self) -> io::Result<()> {

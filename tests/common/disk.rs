@@ -46,12 +46,14 @@ pub struct Shape {
     pub cluster: u64,
     /// Whether the raw image is full of garbage before the disk is made.
     pub garbage: bool,
+    /// Whether the files lie on tmpfs, where the daemon moves data without system calls.
+    pub in_memory: bool,
 }
 
 impl Shape {
     /// A disk of `size` bytes over a filled base of the same size.
     pub fn new(size: u64, cluster: u64) -> Self {
-        Self { size, base: Some(size), base_filled: size, cluster, garbage: true }
+        Self { size, base: Some(size), base_filled: size, cluster, garbage: true, in_memory: false }
     }
 
     /// With a base of `len` bytes instead.
@@ -62,6 +64,11 @@ impl Shape {
     /// Without a base.
     pub fn no_base(self) -> Self {
         Self { base: None, base_filled: 0, garbage: false, ..self }
+    }
+
+    /// On tmpfs.
+    pub fn in_memory(self) -> Self {
+        Self { in_memory: true, ..self }
     }
 
     /// With a base that is a hole after `filled` bytes, and a raw image that is one hole.
@@ -82,7 +89,9 @@ pub struct Disk {
 impl Disk {
     /// Makes a disk with the image tool.
     pub fn create(shape: Shape) -> Self {
-        let disk = Self { dir: tempfile::tempdir().expect("a temporary folder"), shape };
+        let folder = if shape.in_memory { "/dev/shm".into() } else { std::env::temp_dir() };
+        let dir = tempfile::tempdir_in(folder).expect("a temporary folder");
+        let disk = Self { dir, shape };
         let raw = File::create(disk.path("disk.raw")).expect("the raw image");
         if disk.shape.garbage {
             raw.write_all_at(&vec![GARBAGE; to_usize(disk.shape.size)], 0).expect("garbage");

@@ -1,0 +1,156 @@
+//! Memory that may vanish: a page of a mapped file that is gone when it is touched.
+//!
+//! Touching a mapped page that its file no longer has (it was cut, its file system is full, the
+//! medium is broken) raises SIGBUS, which would end the process. Here a range of addresses is
+//! registered instead: its missing pages become zeros when they are touched, and the range is
+//! marked. Whoever copies to or from such a range asks [`FaultGuard::has_faulted`] *afterwards*,
+//! and takes what was copied for nothing if it has.
+//!
+//! A SIGBUS anywhere else does what it did before.
+//!
+//! Not here: what is mapped, and what to do instead (`mapping`).
+#![expect(unsafe_code, reason = "a signal handler, which maps a page over the missing one")]
+
+use std::cell::UnsafeCell;
+use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+
+/// The most ranges at a time. A disk has two, a guest's memory may have some more.
+const MAX_RANGES: usize = 64;
+
+/// A registered range, as the handler sees it.
+struct Slot {
+    /// First address; [`FREE`] or [`RESERVED`] without a range.
+    start: AtomicUsize,
+    /// Address behind the last one.
+    end: AtomicUsize,
+    /// Whether a page was missing.
+    faulted: AtomicBool,
+}
+
+/// `Slot::start` of a slot that nobody has.
+const FREE: usize = 0;
+
+/// `Slot::start` of a slot that is being filled.
+const RESERVED: usize = 1;
+
+/// All ranges.
+static SLOTS: [Slot; MAX_RANGES] = [const {
+    Slot {
+        start: AtomicUsize::new(FREE),
+        end: AtomicUsize::new(0),
+        faulted: AtomicBool::new(false),
+    }
+}; MAX_RANGES];
+
+/// Size of a page in bytes, for the handler.
+static PAGE_SIZE: AtomicUsize = AtomicUsize::new(4096);
+
+/// What SIGBUS did before.
+struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
+
+// SAFETY: written once, before our handler is installed; only read by that handler.
+unsafe impl Sync for Previous {}
+
+/// What SIGBUS did before.
+static PREVIOUS: Previous = Previous(UnsafeCell::new(MaybeUninit::uninit()));
+
+/// Whether the handler could be installed; the errno if not.
+static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+
+/// The registration of a range of addresses. Must be dropped before the range is unmapped, or
+/// something else could come to lie there.
+#[derive(Debug)]
+pub struct FaultGuard {
+    /// Its place in the table.
+    slot: usize,
+}
+
+impl FaultGuard {
+    /// Registers `range`, which must begin and end at page boundaries.
+    ///
+    /// # Errors
+    /// `QuotaExceeded` if too many ranges are registered, or why there is no handler.
+    pub fn new(range: Range<usize>) -> io::Result<Self> {
+        INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
+        let reserve = |slot: &Slot| {
+            let order = Ordering::Acquire;
+            slot.start.compare_exchange(FREE, RESERVED, order, Ordering::Relaxed).is_ok()
+        };
+        let Some(index) = SLOTS.iter().position(reserve) else {
+            return Err(io::ErrorKind::QuotaExceeded.into());
+        };
+        let slot = &SLOTS[index];
+        slot.faulted.store(false, Ordering::Relaxed);
+        slot.end.store(range.end, Ordering::Relaxed);
+        // Last: from here on the handler believes the slot.
+        slot.start.store(range.start, Ordering::Release);
+        Ok(Self { slot: index })
+    }
+
+    /// Whether a page of the range was missing when it was touched. To be asked after a copy: what
+    /// was copied before is good only if the answer is no.
+    #[must_use]
+    pub fn has_faulted(&self) -> bool {
+        // The handler marks the range before it maps the page, so whoever has seen the page's zeros
+        // sees the mark.
+        fence(Ordering::Acquire);
+        SLOTS[self.slot].faulted.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for FaultGuard {
+    fn drop(&mut self) {
+        SLOTS[self.slot].start.store(FREE, Ordering::Release);
+    }
+}
+
+/// Installs the handler.
+fn install() -> Result<(), i32> {
+    PAGE_SIZE.store(rustix::param::page_size(), Ordering::Relaxed);
+    // SAFETY: all-zero bytes are a valid `sigaction` (no handler, empty mask, no flags).
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    action.sa_sigaction = handle as *const () as usize;
+    action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+    // SAFETY: `action` is complete; the old action goes to memory that nobody reads before this
+    // call has returned, save for our handler, which finds no range then.
+    let result =
+        unsafe { libc::sigaction(libc::SIGBUS, &raw const action, PREVIOUS.0.get().cast()) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error().raw_os_error().unwrap_or(0)) }
+}
+
+/// The handler of SIGBUS. Calls nothing that is not async-signal-safe: mmap(2) and sigaction(2) are
+/// bare system calls.
+extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+    // SAFETY: the kernel hands a valid siginfo to a handler that was installed with SA_SIGINFO.
+    let info = unsafe { &*info };
+    // SAFETY: SIGBUS fills in the address.
+    let address = unsafe { info.si_addr() }.addr();
+    if !replace_page(address) {
+        // Not ours: the instruction is run again, and then does what it did before.
+        // SAFETY: `install` has filled PREVIOUS before any signal can arrive here.
+        unsafe { libc::sigaction(libc::SIGBUS, PREVIOUS.0.get().cast(), std::ptr::null_mut()) };
+    }
+}
+
+/// Puts a page of zeros where one is missing. Returns whether the address is in a registered range
+/// and that was possible.
+fn replace_page(address: usize) -> bool {
+    let in_range = |slot: &&Slot| {
+        let start = slot.start.load(Ordering::Acquire);
+        start > RESERVED && start <= address && address < slot.end.load(Ordering::Relaxed)
+    };
+    let Some(slot) = SLOTS.iter().find(in_range) else { return false };
+    slot.faulted.store(true, Ordering::Release);
+    let size = PAGE_SIZE.load(Ordering::Relaxed);
+    let page = address & !(size - 1);
+    let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    // SAFETY: the page lies in a range that is registered, hence mapped, and whose owner expects
+    // pages to be replaced; nothing else lies there.
+    let mapped = unsafe { libc::mmap(page as *mut libc::c_void, size, access, flags, -1, 0) };
+    mapped != libc::MAP_FAILED
+}
