@@ -381,6 +381,12 @@ fn uring(files: Files) -> Uring {
 }
 
 #[test]
+fn io_uring_on_tmpfs_conforms() {
+    let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+    conforms(&uring(Files { folder, cache: CacheMode::Direct, mapped: false }));
+}
+
+#[test]
 fn io_uring_with_files_mapped_from_tmpfs_conforms() {
     conforms(&uring(Files::mapped("/dev/shm")));
 }

@@ -148,7 +148,7 @@ impl HostFile {
             return;
         }
         let mapped = fcntl_getfl(&self.file).map_err(io::Error::from).and_then(|flags| {
-            // Pages of the page cache would have to be written back: that is a job for the host's
+            // Pages of a disk's page cache would have to be written back: that is a job for the host's
             // I/O, which knows when a disk is slow.
             let writable = self.in_memory && flags.contains(OFlags::RDWR);
             Mapping::new(&self.file, self.len()?, self.in_memory, writable)
@@ -230,10 +230,14 @@ pub fn sync_folder(path: &Path) -> io::Result<()> {
 fn set_flags(file: &File, cache: CacheMode, in_memory: bool) -> io::Result<Alignment> {
     let mut flags = fcntl_getfl(file)? - OFlags::DIRECT - OFlags::NONBLOCK;
     if in_memory {
-        // tmpfs is memory: there is no cache to pass, and no file on it ever blocks for long.
-        // Without O_NONBLOCK io_uring would hand each of its requests to a worker thread, because
-        // tmpfs lacks FMODE_NOWAIT.
-        fcntl_setfl(file, flags | OFlags::NONBLOCK)?;
+        // tmpfs is memory: there is no cache to pass, and no file on it ever blocks for long. But
+        // io_uring would hand its requests to a worker thread: all of them without O_NONBLOCK,
+        // because tmpfs lacks FMODE_NOWAIT, and every write without O_DIRECT, because it lacks
+        // FOP_BUFFER_WASYNC. O_DIRECT asks for no alignment there; kernels before 6.6 refuse it.
+        flags |= OFlags::NONBLOCK;
+        if fcntl_setfl(file, flags | OFlags::DIRECT).is_err() {
+            fcntl_setfl(file, flags)?;
+        }
         return Ok(Alignment::NONE);
     }
     let mut alignment = Alignment::NONE;
