@@ -124,7 +124,7 @@ impl CheckReport {
 /// version that we know. With a repair, a part of the stray bits may be cleared then.
 pub fn add_cow(path: &Path, repair: bool) -> Result<CheckReport, OpenError> {
     let access = if repair { Access::ReadWrite } else { Access::ReadOnly };
-    let disk = match DiskFiles::open(path, access) {
+    let disk = match DiskFiles::open(path, access, Access::ReadOnly, CacheMode::Buffered) {
         Ok(disk) => disk,
         Err(OpenError::Format { source, .. }) if is_damage(path, &source)? => {
             let findings = vec![Finding::Header(source)];
@@ -133,7 +133,7 @@ pub fn add_cow(path: &Path, repair: bool) -> Result<CheckReport, OpenError> {
         Err(error) => return Err(error),
     };
     // Only whether it can be used at all.
-    disk.open_backing()?;
+    disk.open_backing(CacheMode::Buffered)?;
     let error = |action| io_error(action, FileRole::Side, path);
     let storage = FileStorage::new(Arc::clone(&disk.side));
     let bits = block_on(count(&storage, &disk.geometry)).map_err(error("read"))?;

@@ -19,7 +19,8 @@ use std::sync::Arc;
 
 use tempfile::{NamedTempFile, PersistError};
 
-use super::open::{check_distinct, check_format, file_len, folder_of, io_error, open_file};
+use super::chain::{self, ChainOptions, Layer, OpenChain};
+use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, open_file};
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::bitmap::MAX_VIRTUAL_SIZE;
@@ -168,29 +169,28 @@ struct Plan<'a> {
     image_path: PathBuf,
     /// The raw image, if it exists; open for reading.
     image: Option<Arc<HostFile>>,
-    /// The backing file; open for reading.
-    backing: Option<Arc<HostFile>>,
+    /// The backing chain.
+    backing: Option<OpenChain>,
 }
 
 impl<'a> Plan<'a> {
     /// Looks at everything, changes nothing.
     fn new(options: &'a CreateOptions) -> Result<Self, OpenError> {
         let folder = folder_of(&options.path);
-        let image_path = check_format(FileRole::Raw, &options.image, folder)?;
+        let image_path = check_raw(FileRole::Raw, &options.image, folder)?;
         let backing = match &options.backing {
             Some(reference) => {
-                let path = check_format(FileRole::Backing, reference, folder)?;
-                let access = (Access::ReadOnly, CacheMode::Buffered);
-                Some(open_file(FileRole::Backing, &path, access.0, access.1)?)
+                let (path, format) = chain::open::resolve(reference, folder)?;
+                Some(OpenChain::open_backing(&path, format, ChainOptions::BUFFERED)?)
             }
             None => None,
         };
         let image = open_existing(FileRole::Raw, &image_path)?;
-        check_side(options, image.as_deref(), backing.as_deref())?;
+        check_side(options, image.as_deref(), backing.as_ref())?;
         if image.is_some() && !options.reuse_image {
             return Err(OpenError::Exists { role: FileRole::Raw, path: image_path });
         }
-        let size = choose_size(options, image.as_deref(), backing.as_deref())?;
+        let size = choose_size(options, image.as_deref(), backing.as_ref())?;
         let cluster_size = options.cluster_size.unwrap_or_else(|| default_cluster_size(size));
         let header = Header {
             cluster_size,
@@ -211,7 +211,7 @@ impl<'a> Plan<'a> {
         let image = self.make_image()?;
         // Once more: who asked for one name for two new files has by now got the first of them,
         // and would lose it to the second.
-        check_side(self.options, Some(&image.file), self.backing.as_deref())?;
+        check_side(self.options, Some(&image.file), self.backing.as_ref())?;
         publish(side, path, self.options.force)?;
         image.keep();
         Ok(Created { header: self.header, geometry: self.geometry })
@@ -354,10 +354,13 @@ fn open_existing(role: FileRole, path: &Path) -> Result<Option<Arc<HostFile>>, O
 fn check_side(
     options: &CreateOptions,
     image: Option<&HostFile>,
-    backing: Option<&HostFile>,
+    backing: Option<&OpenChain>,
 ) -> Result<(), OpenError> {
-    if let (Some(image), Some(backing)) = (image, backing) {
-        check_distinct(FileRole::Raw, image, FileRole::Backing, backing)?;
+    let backing = || backing.into_iter().flat_map(OpenChain::layers).flat_map(Layer::files);
+    for backing in backing() {
+        if let Some(image) = image {
+            check_distinct(FileRole::Raw, image, FileRole::Backing, backing)?;
+        }
     }
     let path = &options.path;
     let metadata = match symlink_metadata(path) {
@@ -367,10 +370,10 @@ fn check_side(
     };
     // One that cannot be opened is none of the others, which were.
     if let Ok(side) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
-        for (role, file) in [(FileRole::Raw, image), (FileRole::Backing, backing)] {
-            if let Some(file) = file {
-                check_distinct(role, file, FileRole::Side, &side)?;
-            }
+        let image = image.map(|file| (FileRole::Raw, file));
+        let backing = backing().map(|file| (FileRole::Backing, &**file));
+        for (role, file) in image.into_iter().chain(backing) {
+            check_distinct(role, file, FileRole::Side, &side)?;
         }
     }
     if !options.force {
@@ -388,20 +391,18 @@ fn check_side(
 fn choose_size(
     options: &CreateOptions,
     image: Option<&HostFile>,
-    backing: Option<&HostFile>,
+    backing: Option<&OpenChain>,
 ) -> Result<u64, OpenError> {
-    let len = |role, file: Option<&HostFile>| file.map_or(Ok(0), |file| file_len(role, file));
-    let image_len = len(FileRole::Raw, image)?;
+    let image_len = image.map_or(Ok(0), |file| file_len(FileRole::Raw, file))?;
     // docs/format.md, "What the guest sees": an image's last part of a sector is not on the disk.
     let image_size = image_len - image_len % SECTOR_SIZE;
-    let size = match options.size {
-        Some(size) => size,
-        None if image_size > 0 => image_size,
-        None if backing.is_some() => {
-            let backing_len = len(FileRole::Backing, backing)?;
-            backing_len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
+    let size = match (options.size, backing) {
+        (Some(size), _) => size,
+        (None, _) if image_size > 0 => image_size,
+        (None, Some(chain)) => {
+            chain.virtual_size().checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
         }
-        None => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
+        (None, None) => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
     };
     let invalid = |problem| Err(OpenError::InvalidSize { size, problem });
     if size == 0 {

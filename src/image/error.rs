@@ -13,8 +13,10 @@ pub enum FileRole {
     Raw,
     /// The side file: header and allocation bitmap.
     Side,
-    /// The backing file.
+    /// A file of the backing chain.
     Backing,
+    /// A disk that is only read, whatever its format.
+    Disk,
 }
 
 impl std::fmt::Display for FileRole {
@@ -23,6 +25,7 @@ impl std::fmt::Display for FileRole {
             Self::Raw => "raw image",
             Self::Side => "add-cow file",
             Self::Backing => "backing file",
+            Self::Disk => "disk",
         })
     }
 }
@@ -113,7 +116,10 @@ pub enum OpenError {
         needed: u64,
     },
     /// A file is in a format that we cannot use in this role.
-    #[error("{role} '{}' has unsupported format '{format}' (supported: raw)", path.display())]
+    #[error(
+        "{role} '{}' has unsupported format '{format}' (supported: {supported})",
+        path.display()
+    )]
     UnsupportedFormat {
         /// Which file.
         role: FileRole,
@@ -121,6 +127,24 @@ pub enum OpenError {
         path: PathBuf,
         /// The format that was named.
         format: String,
+        /// Those that we can use.
+        supported: &'static str,
+    },
+    /// A chain comes back to a file that it has been through.
+    #[error("{role} '{}' comes twice in its backing chain", path.display())]
+    Cycle {
+        /// As what.
+        role: FileRole,
+        /// Its name, the second time.
+        path: PathBuf,
+    },
+    /// A chain is longer than any that makes sense.
+    #[error("backing file '{}' is below {max} others: the chain is too long", path.display())]
+    ChainTooLong {
+        /// The first backing file too many.
+        path: PathBuf,
+        /// The most layers.
+        max: usize,
     },
     /// Two files that must differ are one, perhaps under two names.
     #[error(

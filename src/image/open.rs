@@ -11,17 +11,18 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::chain::OpenChain;
+use super::inspect::DiskFiles;
 use super::load::{self, LoadError};
 use super::{FileRole, Image, ImageState, OpenError};
 use crate::executor::block_on;
-use crate::format::{BitmapGeometry, FileReference, FormatError, Header};
-use crate::image::allocation::AllocationMap;
+use crate::format::{FileReference, FormatError, Header};
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
 use crate::units::SECTOR_SIZE;
 
-/// The only format of raw images and backing files so far.
+/// The only format of raw images.
 pub const RAW_FORMAT: &str = "raw";
 
 /// How a disk is opened.
@@ -55,8 +56,8 @@ pub struct OpenImage {
     pub raw: Arc<HostFile>,
     /// The add-cow file; `None` for a plain raw image.
     pub side: Option<Arc<HostFile>>,
-    /// The backing file, if there is one and it is needed.
-    pub backing: Option<Arc<HostFile>>,
+    /// The backing chain, if there is one and it is needed.
+    pub backing: Option<OpenChain>,
     /// The add-cow file's header; `None` for a plain raw image.
     pub header: Option<Header>,
 }
@@ -69,7 +70,7 @@ impl OpenImage {
             Arc::clone(&self.state),
             make(&self.raw),
             self.side.as_ref().map(make),
-            self.backing.as_ref().map(make),
+            self.backing.as_ref().map(|chain| chain.handle(&engine)),
         )
     }
 }
@@ -79,29 +80,18 @@ impl OpenImage {
 /// # Errors
 /// An [`OpenError`] that names the file. Nothing has been changed.
 pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let side = open_file(FileRole::Side, path, options.access(), CacheMode::Buffered)?;
-    let side_storage = FileStorage::new(Arc::clone(&side));
-    let header = block_on(load::header(&side_storage)).map_err(|e| load_error(path, e))?;
-    let folder = folder_of(path);
-    let raw_path = check_format(FileRole::Raw, &header.image, folder)?;
-    let raw = open_file(FileRole::Raw, &raw_path, options.access(), options.cache)?;
-    check_distinct(FileRole::Raw, &raw, FileRole::Side, &side)?;
-    let backing = open_backing(&header, folder, options.backing_cache)?;
-    if let Some(backing) = &backing {
-        check_distinct(FileRole::Raw, &raw, FileRole::Backing, backing)?;
-        check_distinct(FileRole::Backing, backing, FileRole::Side, &side)?;
-    }
-    let len = sectors_of(&raw)?;
-    let geometry = BitmapGeometry::new(header.cluster_size, len)
-        .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
-    let allocation = if header.all_allocated {
-        AllocationMap::all()
-    } else {
-        block_on(load::bitmap(&side_storage, &geometry)).map_err(|e| load_error(path, e))?
-    };
-    let backing_len = backing.as_ref().map_or(Ok(0), |file| file_len(FileRole::Backing, file))?;
-    let state = ImageState::add_cow(geometry, allocation, backing_len, options.writable);
-    Ok(OpenImage { state: Arc::new(state), raw, side: Some(side), backing, header: Some(header) })
+    let disk = DiskFiles::open(path, options.access(), options.access(), options.cache)?;
+    let backing = disk.open_backing(options.backing_cache)?;
+    let backing_len = backing.as_ref().map_or(0, OpenChain::virtual_size);
+    let allocation = disk.allocation()?;
+    let state = ImageState::add_cow(disk.geometry, allocation, backing_len, options.writable);
+    Ok(OpenImage {
+        state: Arc::new(state),
+        raw: disk.raw,
+        side: Some(disk.side),
+        backing,
+        header: Some(disk.header),
+    })
 }
 
 /// Opens a plain raw image.
@@ -140,23 +130,8 @@ pub(super) fn open_file(
     Ok(Arc::new(file))
 }
 
-/// Opens the backing file, if the disk has one and needs it.
-pub(super) fn open_backing(
-    header: &Header,
-    folder: &Path,
-    cache: CacheMode,
-) -> Result<Option<Arc<HostFile>>, OpenError> {
-    match &header.backing {
-        Some(reference) if !header.all_allocated => {
-            let path = check_format(FileRole::Backing, reference, folder)?;
-            open_file(FileRole::Backing, &path, Access::ReadOnly, cache).map(Some)
-        }
-        _ => Ok(None),
-    }
-}
-
-/// The path of a file that the header refers to, if we can use its format.
-pub(super) fn check_format(
+/// The path of a file that must be raw.
+pub(super) fn check_raw(
     role: FileRole,
     reference: &FileReference,
     folder: &Path,
@@ -165,7 +140,8 @@ pub(super) fn check_format(
     if reference.format == RAW_FORMAT {
         Ok(path)
     } else {
-        Err(OpenError::UnsupportedFormat { role, path, format: reference.format.clone() })
+        let (format, supported) = (reference.format.clone(), RAW_FORMAT);
+        Err(OpenError::UnsupportedFormat { role, path, format, supported })
     }
 }
 

@@ -5,18 +5,20 @@
 //! Not here: whether all is well (`check`).
 
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
 
-use super::{DiskArguments, DiskFormat};
+use super::DiskArguments;
 use crate::cli::Outcome;
 use crate::cli::output::{Output, human_size, print, printable, write_json};
+use crate::format::{BitmapGeometry, Header};
+use crate::image::chain::{DiskFormat, Layer, LayerDetails};
 use crate::image::inspect::DiskFiles;
-use crate::image::open::{OpenOptions, RAW_FORMAT, raw};
+use crate::image::open::{OpenOptions, RAW_FORMAT, folder_of, raw};
 use crate::image::{FileRole, OpenError};
-use crate::storage::host_file::{Access, HostFile};
+use crate::storage::host_file::{CacheMode, HostFile};
 
 /// The command line of `addcow info`.
 #[derive(Debug, Args)]
@@ -101,13 +103,22 @@ pub fn run(arguments: &Arguments) -> Outcome {
             vec![raw_info(&image.raw, image.state.virtual_size())?]
         }
         DiskFormat::AddCow => {
-            let disk = DiskFiles::open(path, Access::ReadOnly)?;
-            let mut chain = vec![add_cow_info(path, &disk)?];
+            let disk = DiskFiles::open_to_read(path)?;
+            let own = AddCowFiles {
+                header: &disk.header,
+                geometry: &disk.geometry,
+                side: &disk.side,
+                raw: &disk.raw,
+                backing_path: disk.backing_path.clone(),
+                allocated: disk.allocated_clusters()?,
+            };
+            let mut chain = vec![add_cow_info(path, &own)?];
             if arguments.backing_chain
-                && let Some(backing) = disk.open_backing()?
+                && let Some(backing) = disk.open_backing(CacheMode::Buffered)?
             {
-                let len = backing.len().map_err(size_error(&backing))?;
-                chain.push(raw_info(&backing, len)?);
+                for layer in backing.layers() {
+                    chain.push(layer_info(layer)?);
+                }
             }
             chain
         }
@@ -130,32 +141,72 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Ok(0)
 }
 
+/// The facts about a layer of a chain.
+fn layer_info(layer: &Layer) -> Result<Info, OpenError> {
+    let mut files = layer.files();
+    let (first, second) = (files.next(), files.next());
+    match (layer.details(), first, second) {
+        (LayerDetails::AddCow { header, geometry, allocated }, Some(raw), Some(side)) => {
+            let backing = header.backing.as_ref();
+            let folder = folder_of(layer.path());
+            let disk = AddCowFiles {
+                header,
+                geometry,
+                side,
+                raw,
+                backing_path: backing.map(|file| file.name.resolve(folder)),
+                allocated: *allocated,
+            };
+            add_cow_info(layer.path(), &disk)
+        }
+        (_, Some(file), _) => raw_info(file, layer.virtual_size()),
+        (_, None, _) => unreachable!("a layer has at least one file"),
+    }
+}
+
+/// What [`add_cow_info`] is made of.
+#[derive(Debug)]
+struct AddCowFiles<'a> {
+    /// The header.
+    header: &'a Header,
+    /// The shape of the bitmap.
+    geometry: &'a BitmapGeometry,
+    /// The add-cow file.
+    side: &'a HostFile,
+    /// The raw image.
+    raw: &'a HostFile,
+    /// Where the backing file would be.
+    backing_path: Option<PathBuf>,
+    /// Clusters in the raw image.
+    allocated: u64,
+}
+
 /// The facts about an add-cow disk.
-fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, OpenError> {
-    let header = &disk.header;
+fn add_cow_info(path: &Path, disk: &AddCowFiles<'_>) -> Result<Info, OpenError> {
+    let header = disk.header;
     let shown = |name: &Path| name.display().to_string();
     let data = AddCowInfo {
         image_filename: shown(header.image.name.as_ref()),
         image_format: header.image.format.clone(),
         full_image_filename: shown(disk.raw.path()),
-        image_actual_size: disk.raw.allocated_len().map_err(size_error(&disk.raw))?,
+        image_actual_size: disk.raw.allocated_len().map_err(size_error(disk.raw))?,
         all_allocated: header.all_allocated,
         compat_features: header.compat_features,
-        allocated_clusters: disk.allocated_clusters()?,
+        allocated_clusters: disk.allocated,
         total_clusters: disk.geometry.clusters(),
     };
     let backing = header.backing.as_ref();
     Ok(Info {
         virtual_size: disk.geometry.virtual_size(),
         filename: shown(path),
-        format: "add-cow",
-        actual_size: disk.side.allocated_len().map_err(size_error(&disk.side))?,
+        format: DiskFormat::AddCow.name(),
+        actual_size: disk.side.allocated_len().map_err(size_error(disk.side))?,
         cluster_size: Some(header.cluster_size.bytes()),
         backing_filename: backing.map(|file| shown(file.name.as_ref())),
         full_backing_filename: disk.backing_path.as_deref().map(shown),
         backing_filename_format: backing.map(|file| file.format.clone()),
         dirty_flag: false,
-        format_specific: Some(FormatSpecific { kind: "add-cow", data }),
+        format_specific: Some(FormatSpecific { kind: DiskFormat::AddCow.name(), data }),
     })
 }
 

@@ -12,13 +12,12 @@ use std::io::{self, Write};
 use clap::Args;
 use serde::Serialize;
 
-use super::{DiskArguments, DiskFormat};
+use super::DiskArguments;
 use crate::cli::output::{Output, print, printable};
 use crate::cli::{Outcome, size};
-use crate::image::extent::ExtentKind;
+use crate::image::chain::{ChainOptions, OpenChain, PieceContent};
 use crate::image::map::{Piece, visit};
-use crate::image::open::{OpenImage, OpenOptions, add_cow, raw};
-use crate::units::ByteRange;
+use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// The command line of `addcow map`.
 #[derive(Debug, Args)]
@@ -42,7 +41,7 @@ struct Entry {
     /// Its length in bytes.
     length: u64,
     /// How many files down the chain its bytes are.
-    depth: u32,
+    depth: usize,
     /// Whether a file of the chain has them.
     present: bool,
     /// Whether they read as zeros without being stored.
@@ -60,13 +59,13 @@ struct Entry {
 pub fn run(arguments: &Arguments) -> Outcome {
     let range = range_of(arguments)?;
     let path = &arguments.disk.disk;
-    let image = match arguments.disk.format {
-        DiskFormat::AddCow => add_cow(path, OpenOptions::READ_ONLY)?,
-        DiskFormat::Raw => raw(path, OpenOptions::READ_ONLY)?,
-    };
+    let chain = OpenChain::open(path, arguments.disk.format, ChainOptions::BUFFERED)?;
+    // What a guest sees: an image's last part of a sector is not on the disk.
+    let size = chain.virtual_size();
+    let range = range.intersect(ByteRange::between(0, size - size % SECTOR_SIZE));
     print(|out| match arguments.disk.output {
-        Output::Json => write_json(out, &image, range),
-        Output::Human => write_human(out, &image, range),
+        Output::Json => write_json(out, &chain, range),
+        Output::Human => write_human(out, &chain, range),
     })?;
     Ok(0)
 }
@@ -83,33 +82,30 @@ fn range_of(arguments: &Arguments) -> Result<ByteRange, size::SizeError> {
 
 /// The entry for a piece.
 fn entry(piece: Piece) -> Entry {
-    let (depth, present) = match piece.kind {
-        ExtentKind::Data => (0, true),
-        ExtentKind::Backing => (1, true),
-        // Past the end of the backing file, or without one: nobody has it, and qemu-img counts
-        // that as the top's business.
-        ExtentKind::Zero => (0, false),
-    };
+    let Piece { place, hole } = piece;
     Entry {
-        start: piece.range.start(),
-        length: piece.range.len(),
-        depth,
-        present,
-        zero: piece.hole,
-        data: !piece.hole,
-        compressed: false,
-        offset: present.then_some(piece.range.start()),
+        start: place.range.start(),
+        length: place.range.len(),
+        depth: place.depth,
+        present: place.present,
+        zero: hole || place.content == PieceContent::Zero,
+        data: !hole && place.content != PieceContent::Zero,
+        compressed: place.content == PieceContent::Compressed,
+        offset: match place.content {
+            PieceContent::Data { offset, .. } => Some(offset),
+            PieceContent::Compressed | PieceContent::Zero => None,
+        },
     }
 }
 
 /// Writes all entries as a JSON array, one a line.
 fn write_json(
     out: &mut dyn Write,
-    image: &OpenImage,
+    chain: &OpenChain,
     range: ByteRange,
 ) -> Result<(), Box<dyn Error>> {
     let mut separator = "[";
-    visit(image, range, |piece| {
+    visit(chain, range, |piece| {
         write!(out, "{separator}")?;
         separator = ",\n";
         serde_json::to_writer(&mut *out, &entry(piece)).map_err(io::Error::from)?;
@@ -123,21 +119,17 @@ fn write_json(
 /// Writes the entries that have data in a file as a table.
 fn write_human(
     out: &mut dyn Write,
-    image: &OpenImage,
+    chain: &OpenChain,
     range: ByteRange,
 ) -> Result<(), Box<dyn Error>> {
     writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
-    visit(image, range, |piece| {
-        let file = match piece.kind {
-            _ if piece.hole => None,
-            ExtentKind::Data => Some(&image.raw),
-            ExtentKind::Backing => image.backing.as_ref(),
-            ExtentKind::Zero => None,
-        };
-        if let Some(file) = file {
-            let (start, len) = (hex(piece.range.start()), hex(piece.range.len()));
+    visit(chain, range, |piece| {
+        let PieceContent::Data { file, offset } = piece.place.content else { return Ok(()) };
+        let layer = &chain.layers()[piece.place.depth];
+        if let Some(file) = layer.files().nth(file).filter(|_| !piece.hole) {
+            let (start, len) = (hex(piece.place.range.start()), hex(piece.place.range.len()));
             let name = printable(&file.path().display().to_string());
-            writeln!(out, "{start:<16}{len:<16}{start:<16}{name}")?;
+            writeln!(out, "{start:<16}{len:<16}{:<16}{name}", hex(offset))?;
         }
         Ok::<(), Box<dyn Error>>(())
     })

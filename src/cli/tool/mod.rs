@@ -13,9 +13,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::output::Output;
+use crate::image::chain::DiskFormat;
 
 /// The program's name in its messages.
 const PROGRAM: &str = "addcow";
@@ -54,18 +56,20 @@ struct DiskArguments {
     /// Accepted for the sake of qemu-img: disks are not locked yet
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// The disk: its add-cow file, or with -f raw a raw image
+    /// The disk: its add-cow file, or with -f an image of another format
     #[arg(value_name = "DISK")]
     disk: PathBuf,
 }
 
-/// The format of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DiskFormat {
-    /// An add-cow file, which names the other files.
-    AddCow,
-    /// A plain raw image.
-    Raw,
+/// The names of the formats on the command line are those in headers.
+impl ValueEnum for DiskFormat {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
 }
 
 /// Runs the tool with the arguments of its process, the program's own name first.
