@@ -6,6 +6,8 @@
 //!
 //! Not here: what a guest's requests do (`image`), and what a person sees (`cli`).
 
+pub mod error;
 pub mod progress;
 
+pub use error::JobError;
 pub use progress::{Interrupted, Progress, Unwatched};
