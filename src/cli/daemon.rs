@@ -20,6 +20,7 @@ use signal_hook::iterator::Signals;
 
 use crate::image::open::{self, OpenImage, OpenOptions};
 use crate::storage::host_file::CacheMode;
+use crate::storage::lock::Locking;
 use crate::vhost_user::backend::MAX_QUEUES;
 use crate::vhost_user::export::{Endpoint, Export, StopHandle, Tuning};
 use crate::virtio::config::DeviceConfig;
@@ -205,6 +206,7 @@ fn open_image(arguments: &Arguments) -> Result<OpenImage, crate::image::OpenErro
             BackingCache::Direct => CacheMode::Direct,
             BackingCache::Buffered => CacheMode::Buffered,
         },
+        locking: Locking::On,
     };
     match arguments.format {
         Format::AddCow => open::add_cow(&arguments.blk_file, options),

@@ -6,7 +6,7 @@
 //! last the add-cow file gets its name, without replacing one unless that was asked for.
 //!
 //! Relies on nobody else creating the same disk at the same time beyond that last step, which only
-//! one of them can win. An image in use is not noticed: there are no locks yet.
+//! one of them can win. Files that are there are locked: one that is in use is left alone.
 //!
 //! Not here: what a command line means, and the bytes of the header (`format`).
 
@@ -20,13 +20,14 @@ use std::sync::Arc;
 use tempfile::{NamedTempFile, PersistError};
 
 use super::chain::{self, ChainOptions, Layer, OpenChain};
-use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, open_file};
+use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_file};
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::bitmap::MAX_VIRTUAL_SIZE;
 use crate::format::{BitmapGeometry, FileReference, FormatError, Header, encode_words};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
+use crate::storage::lock::{Locking, Usage};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ClusterSize, SECTOR_SIZE};
 
@@ -171,6 +172,8 @@ struct Plan<'a> {
     image: Option<Arc<HostFile>>,
     /// The backing chain.
     backing: Option<OpenChain>,
+    /// The add-cow file that is to be replaced, if there is one; kept for its lock.
+    _replaced: Option<HostFile>,
 }
 
 impl<'a> Plan<'a> {
@@ -186,9 +189,14 @@ impl<'a> Plan<'a> {
             None => None,
         };
         let image = open_existing(FileRole::Raw, &image_path)?;
-        check_side(options, image.as_deref(), backing.as_ref())?;
+        let replaced = check_side(options, image.as_deref(), backing.as_ref())?;
         if image.is_some() && !options.reuse_image {
             return Err(OpenError::Exists { role: FileRole::Raw, path: image_path });
+        }
+        // The new disk is ours alone, whatever its files were before.
+        for (role, file) in [(FileRole::Raw, image.as_deref()), (FileRole::Side, replaced.as_ref())]
+        {
+            file.map_or(Ok(()), |file| lock_file(role, file, Usage::Write))?;
         }
         let size = choose_size(options, image.as_deref(), backing.as_ref())?;
         let cluster_size = options.cluster_size.unwrap_or_else(|| default_cluster_size(size));
@@ -200,7 +208,7 @@ impl<'a> Plan<'a> {
             compat_features: 0,
         };
         let geometry = new_geometry(&options.path, cluster_size, size)?;
-        Ok(Self { options, header, geometry, image_path, image, backing })
+        Ok(Self { options, header, geometry, image_path, image, backing, _replaced: replaced })
     }
 
     /// Makes the files.
@@ -226,13 +234,17 @@ impl<'a> Plan<'a> {
                 if len >= size {
                     return Ok(MadeImage { file: Arc::clone(image), undo: Undo::Nothing });
                 }
-                let file = open_file(FileRole::Raw, path, Access::ReadWrite, CacheMode::Buffered)?;
+                // Locked already, through the other open file.
+                let access = (Access::ReadWrite, CacheMode::Buffered);
+                let file = open_file(FileRole::Raw, path, access.0, access.1, Locking::Off)?;
                 MadeImage { file, undo: Undo::SetLen { from: size, to: len } }
             }
             None => {
                 let file =
                     HostFile::create_new(path).map_err(io_error("create", FileRole::Raw, path))?;
-                MadeImage { file: Arc::new(file), undo: Undo::Remove }
+                let made = MadeImage { file: Arc::new(file), undo: Undo::Remove };
+                lock_file(FileRole::Raw, &made.file, Usage::Write)?;
+                made
             }
         };
         let storage = FileStorage::new(Arc::clone(&made.file));
@@ -350,12 +362,12 @@ fn open_existing(role: FileRole, path: &Path) -> Result<Option<Arc<HostFile>>, O
 }
 
 /// Whether the add-cow file may be made: there is none, or it may be replaced; and it is none of
-/// the disk's other files, which must be two themselves.
+/// the disk's other files, which must be two themselves. Returns the one that will be replaced.
 fn check_side(
     options: &CreateOptions,
     image: Option<&HostFile>,
     backing: Option<&OpenChain>,
-) -> Result<(), OpenError> {
+) -> Result<Option<HostFile>, OpenError> {
     let backing = || backing.into_iter().flat_map(OpenChain::layers).flat_map(Layer::files);
     for backing in backing() {
         if let Some(image) = image {
@@ -365,15 +377,16 @@ fn check_side(
     let path = &options.path;
     let metadata = match symlink_metadata(path) {
         Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error("look at", FileRole::Side, path)(error)),
     };
     // One that cannot be opened is none of the others, which were.
-    if let Ok(side) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
+    let side = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered).ok();
+    if let Some(side) = &side {
         let image = image.map(|file| (FileRole::Raw, file));
         let backing = backing().map(|file| (FileRole::Backing, &**file));
         for (role, file) in image.into_iter().chain(backing) {
-            check_distinct(role, file, FileRole::Side, &side)?;
+            check_distinct(role, file, FileRole::Side, side)?;
         }
     }
     if !options.force {
@@ -384,7 +397,7 @@ fn check_side(
         let problem = io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file");
         return Err(io_error("replace", FileRole::Side, path)(problem));
     }
-    Ok(())
+    Ok(side)
 }
 
 /// The virtual size in bytes.

@@ -115,6 +115,14 @@ pub enum OpenError {
         /// The least length in bytes.
         needed: u64,
     },
+    /// A file is in use elsewhere, in a way that does not go together with ours.
+    #[error("{role} '{}' is in use by another process", path.display())]
+    InUse {
+        /// Which file.
+        role: FileRole,
+        /// Its name.
+        path: PathBuf,
+    },
     /// A file is in a format that we cannot use in this role.
     #[error(
         "{role} '{}' has unsupported format '{format}' (supported: {supported})",

@@ -10,12 +10,41 @@ use std::sync::Arc;
 
 use super::allocation::AllocationMap;
 use super::chain::{ChainOptions, OpenChain};
-use super::open::{check_distinct, check_raw, folder_of, load_error, open_file, sectors_of};
+use super::open::{
+    check_distinct, check_raw, folder_of, load_error, lock_for, open_unlocked, sectors_of,
+};
 use super::{FileRole, OpenError, load};
 use crate::executor::block_on;
 use crate::format::{BitmapGeometry, Header};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::lock::Locking;
+
+/// How the two files of a disk are opened. The add-cow file always goes through the page cache.
+#[derive(Debug, Clone, Copy)]
+pub struct DiskAccess {
+    /// The add-cow file.
+    pub side: Access,
+    /// The raw image.
+    pub raw: Access,
+    /// Cache of the raw image.
+    pub cache: CacheMode,
+    /// Whether both are locked, each for its access.
+    pub locking: Locking,
+}
+
+impl DiskAccess {
+    /// For the tool: reading only, through the page cache.
+    pub const READ: Self = Self {
+        side: Access::ReadOnly,
+        raw: Access::ReadOnly,
+        cache: CacheMode::Buffered,
+        locking: Locking::On,
+    };
+
+    /// For the tool: reading and writing, through the page cache.
+    pub const WRITE: Self = Self { side: Access::ReadWrite, raw: Access::ReadWrite, ..Self::READ };
+}
 
 /// An add-cow disk as its own two files describe it.
 #[derive(Debug)]
@@ -30,39 +59,46 @@ pub struct DiskFiles {
     pub raw: Arc<HostFile>,
     /// Where the backing file would be, if the header names one. Not looked up.
     pub backing_path: Option<PathBuf>,
+    /// Whether the files are locked.
+    locking: Locking,
 }
 
 impl DiskFiles {
-    /// Opens the add-cow file `path` with the access `side_access`, through the page cache, and
-    /// the raw image as the rest says.
+    /// Opens the add-cow file `path` and the raw image that it names.
     ///
     /// # Errors
     /// An [`OpenError`] that names the file. Nothing has been changed.
-    pub fn open(
+    pub fn open(path: &Path, access: DiskAccess) -> Result<Self, OpenError> {
+        Self::open_checked(path, access, |_, _| Ok(()))
+    }
+
+    /// The same; `check` may refuse each of the files after it was opened, before it is locked: a
+    /// file that this process has locked already would refuse itself with another message.
+    ///
+    /// # Errors
+    /// As [`DiskFiles::open`], or what `check` returned.
+    pub(super) fn open_checked(
         path: &Path,
-        side_access: Access,
-        raw_access: Access,
-        raw_cache: CacheMode,
+        access: DiskAccess,
+        mut check: impl FnMut(FileRole, &HostFile) -> Result<(), OpenError>,
     ) -> Result<Self, OpenError> {
-        let side = open_file(FileRole::Side, path, side_access, CacheMode::Buffered)?;
+        let side = open_unlocked(FileRole::Side, path, access.side, CacheMode::Buffered)?;
+        check(FileRole::Side, &side)?;
+        // Before anything is read from it.
+        lock_for(FileRole::Side, &side, access.side, access.locking)?;
         let storage = FileStorage::new(Arc::clone(&side));
         let header = block_on(load::header(&storage)).map_err(|e| load_error(path, e))?;
         let folder = folder_of(path);
         let raw_path = check_raw(FileRole::Raw, &header.image, folder)?;
-        let raw = open_file(FileRole::Raw, &raw_path, raw_access, raw_cache)?;
+        let raw = open_unlocked(FileRole::Raw, &raw_path, access.raw, access.cache)?;
+        check(FileRole::Raw, &raw)?;
         check_distinct(FileRole::Raw, &raw, FileRole::Side, &side)?;
+        lock_for(FileRole::Raw, &raw, access.raw, access.locking)?;
         let geometry = BitmapGeometry::new(header.cluster_size, sectors_of(&raw)?)
             .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
         let backing_path = header.backing.as_ref().map(|file| file.name.resolve(folder));
-        Ok(Self { side, header, geometry, raw, backing_path })
-    }
-
-    /// For reading only, through the page cache.
-    ///
-    /// # Errors
-    /// As [`DiskFiles::open`].
-    pub fn open_to_read(path: &Path) -> Result<Self, OpenError> {
-        Self::open(path, Access::ReadOnly, Access::ReadOnly, CacheMode::Buffered)
+        let locking = access.locking;
+        Ok(Self { side, header, geometry, raw, backing_path, locking })
     }
 
     /// Opens the backing chain, if the disk has one and needs it. None of its files may be one of
@@ -74,7 +110,7 @@ impl DiskFiles {
         let own: [(FileRole, &HostFile); 2] =
             [(FileRole::Side, &self.side), (FileRole::Raw, &self.raw)];
         let folder = folder_of(self.side.path());
-        OpenChain::below(&self.header, folder, ChainOptions { cache }, &own)
+        OpenChain::below(&self.header, folder, ChainOptions { cache, locking: self.locking }, &own)
     }
 
     /// Which clusters are in the raw image. Reads the bitmap, unless the header says that all are.

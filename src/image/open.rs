@@ -5,14 +5,17 @@
 //! header says, never what its content looks like. Files are told apart by (device, inode), so
 //! that a hard or symbolic link does not pass for another file.
 //!
-//! Not here: image locks, and the I/O engine that the disk is served with.
+//! Every file is locked before anything is read from it (P8), unless that was turned off: what was
+//! read stays true, and who uses a disk otherwise is noticed before a byte is changed.
+//!
+//! Not here: the I/O engine that the disk is served with.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::chain::OpenChain;
-use super::inspect::DiskFiles;
+use super::inspect::{DiskAccess, DiskFiles};
 use super::load::{self, LoadError};
 use super::{FileRole, Image, ImageState, OpenError};
 use crate::executor::block_on;
@@ -20,6 +23,7 @@ use crate::format::{FileReference, FormatError, Header};
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::lock::{LockError, Locking, Usage};
 use crate::units::SECTOR_SIZE;
 
 /// The only format of raw images.
@@ -34,12 +38,18 @@ pub struct OpenOptions {
     pub cache: CacheMode,
     /// Cache of the backing file.
     pub backing_cache: CacheMode,
+    /// Whether the files are locked.
+    pub locking: Locking,
 }
 
 impl OpenOptions {
     /// For the tool: reading only, through the page cache.
-    pub const READ_ONLY: Self =
-        Self { writable: false, cache: CacheMode::Buffered, backing_cache: CacheMode::Buffered };
+    pub const READ_ONLY: Self = Self {
+        writable: false,
+        cache: CacheMode::Buffered,
+        backing_cache: CacheMode::Buffered,
+        locking: Locking::On,
+    };
 
     /// How the disk's own files are opened.
     fn access(&self) -> Access {
@@ -80,7 +90,11 @@ impl OpenImage {
 /// # Errors
 /// An [`OpenError`] that names the file. Nothing has been changed.
 pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let disk = DiskFiles::open(path, options.access(), options.access(), options.cache)?;
+    let access = options.access();
+    let disk = DiskFiles::open(
+        path,
+        DiskAccess { side: access, raw: access, cache: options.cache, locking: options.locking },
+    )?;
     let backing = disk.open_backing(options.backing_cache)?;
     let backing_len = backing.as_ref().map_or(0, OpenChain::virtual_size);
     let allocation = disk.allocation()?;
@@ -99,7 +113,7 @@ pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError
 /// # Errors
 /// As [`add_cow`].
 pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let raw = open_file(FileRole::Raw, path, options.access(), options.cache)?;
+    let raw = open_file(FileRole::Raw, path, options.access(), options.cache, options.locking)?;
     let state = Arc::new(ImageState::raw(sectors_of(&raw)?, options.writable));
     Ok(OpenImage { state, raw, side: None, backing: None, header: None })
 }
@@ -109,7 +123,8 @@ pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
 /// # Errors
 /// As [`add_cow`].
 pub fn header(path: &Path) -> Result<Header, OpenError> {
-    let side = open_file(FileRole::Side, path, Access::ReadOnly, CacheMode::Buffered)?;
+    let access = (Access::ReadOnly, CacheMode::Buffered);
+    let side = open_file(FileRole::Side, path, access.0, access.1, Locking::On)?;
     block_on(load::header(&FileStorage::new(side))).map_err(|e| load_error(path, e))
 }
 
@@ -119,8 +134,22 @@ pub fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// Opens one file of a disk.
+/// Opens one file of a disk, and locks it for that access.
 pub(super) fn open_file(
+    role: FileRole,
+    path: &Path,
+    access: Access,
+    cache: CacheMode,
+    locking: Locking,
+) -> Result<Arc<HostFile>, OpenError> {
+    let file = open_unlocked(role, path, access, cache)?;
+    lock_for(role, &file, access, locking)?;
+    Ok(file)
+}
+
+/// Opens one file of a disk, which the caller locks once it knows that it has not done so through
+/// another open file: the two would refuse each other.
+pub(super) fn open_unlocked(
     role: FileRole,
     path: &Path,
     access: Access,
@@ -128,6 +157,28 @@ pub(super) fn open_file(
 ) -> Result<Arc<HostFile>, OpenError> {
     let file = HostFile::open(path, access, cache).map_err(io_error("open", role, path))?;
     Ok(Arc::new(file))
+}
+
+/// Locks one file of a disk for that access, unless locking is off.
+pub(super) fn lock_for(
+    role: FileRole,
+    file: &HostFile,
+    access: Access,
+    locking: Locking,
+) -> Result<(), OpenError> {
+    match (locking, access) {
+        (Locking::Off, _) => Ok(()),
+        (Locking::On, Access::ReadOnly) => lock_file(role, file, Usage::Read),
+        (Locking::On, Access::ReadWrite) => lock_file(role, file, Usage::Write),
+    }
+}
+
+/// Locks one file of a disk for as long as it is open.
+pub(super) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
+    file.lock(usage).map_err(|error| match error {
+        LockError::InUse => OpenError::InUse { role, path: file.path().to_owned() },
+        LockError::Host(source) => io_error("lock", role, file.path())(source),
+    })
 }
 
 /// The path of a file that must be raw.

@@ -9,11 +9,13 @@
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, fsync, open, seek, statx};
 
 use super::Alignment;
+use super::lock::{self, LockError, Usage};
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
@@ -59,6 +61,8 @@ pub struct HostFile {
     alignment: Alignment,
     /// Whether it lies on tmpfs.
     in_memory: bool,
+    /// For what it is locked, if it is.
+    locked: OnceLock<Usage>,
 }
 
 impl HostFile {
@@ -101,7 +105,19 @@ impl HostFile {
         };
         let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
         let alignment = set_flags(&file, cache, in_memory)?;
-        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory })
+        let locked = OnceLock::new();
+        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory, locked })
+    }
+
+    /// Announces to other programs that the file is used in that way, for as long as this lives.
+    /// At most once.
+    ///
+    /// # Errors
+    /// See [`LockError`]; nothing is announced then.
+    pub fn lock(&self, usage: Usage) -> Result<(), LockError> {
+        lock::lock(&self.file, usage)?;
+        assert!(self.locked.set(usage).is_ok(), "a file is locked once");
+        Ok(())
     }
 
     /// The open file.
@@ -176,6 +192,16 @@ impl HostFile {
             Err(error) => return Err(error.into()),
         };
         Ok(Some(ByteRange::between(start, seek(&self.file, SeekFrom::Hole(start))?)))
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // Closing it would do, but not at once: an io_uring that has used the file may keep it for
+        // some milliseconds after its own end.
+        if let Some(usage) = self.locked.get() {
+            lock::release(&self.file, *usage);
+        }
     }
 }
 

@@ -11,6 +11,7 @@
 pub mod buffer;
 pub mod file;
 pub mod host_file;
+pub mod lock;
 pub mod sim;
 pub mod transfer;
 pub mod uring;

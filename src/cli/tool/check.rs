@@ -42,6 +42,13 @@ pub struct Arguments {
     quiet: bool,
 }
 
+impl Arguments {
+    /// Whether something may be repaired; whichever it is, there is one kind of repair.
+    pub(super) fn repairs(&self) -> bool {
+        matches!(self.repair, Some(Repair::Leaks | Repair::All))
+    }
+}
+
 /// What may be repaired.
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Repair {
@@ -89,9 +96,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
         eprintln!("{PROGRAM}: a raw image has nothing that could be checked");
         return Ok(EXIT_UNSUPPORTED);
     }
-    // Whichever it is, there is one kind of repair.
-    let repair = matches!(arguments.repair, Some(Repair::Leaks | Repair::All));
-    let report = match add_cow(path, repair) {
+    let repair = arguments.repairs();
+    if repair && arguments.disk.force_share {
+        return Err("-r changes the disk and needs it alone: it does not go with -U".into());
+    }
+    let report = match add_cow(path, repair, arguments.disk.locking()) {
         Err(error) if is_unsupported(&error) => {
             eprintln!("{}", error_line(PROGRAM, &error));
             return Ok(EXIT_UNSUPPORTED);

@@ -15,8 +15,8 @@ use crate::cli::Outcome;
 use crate::cli::output::{Output, human_size, print, printable, write_json};
 use crate::format::{BitmapGeometry, Header};
 use crate::image::chain::{DiskFormat, Layer, LayerDetails};
-use crate::image::inspect::DiskFiles;
-use crate::image::open::{OpenOptions, RAW_FORMAT, folder_of, raw};
+use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::open::{RAW_FORMAT, folder_of, raw};
 use crate::image::{FileRole, OpenError};
 use crate::storage::host_file::{CacheMode, HostFile};
 
@@ -99,11 +99,14 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let path = &arguments.disk.disk;
     let chain = match arguments.disk.format {
         DiskFormat::Raw => {
-            let image = raw(path, OpenOptions::READ_ONLY)?;
+            let image = raw(path, arguments.disk.options())?;
             vec![raw_info(&image.raw, image.state.virtual_size())?]
         }
         DiskFormat::AddCow => {
-            let disk = DiskFiles::open_to_read(path)?;
+            let disk = DiskFiles::open(
+                path,
+                DiskAccess { locking: arguments.disk.locking(), ..DiskAccess::READ },
+            )?;
             let own = AddCowFiles {
                 header: &disk.header,
                 geometry: &disk.geometry,

@@ -59,7 +59,8 @@ struct Entry {
 pub fn run(arguments: &Arguments) -> Outcome {
     let range = range_of(arguments)?;
     let path = &arguments.disk.disk;
-    let chain = OpenChain::open(path, arguments.disk.format, ChainOptions::BUFFERED)?;
+    let options = ChainOptions { locking: arguments.disk.locking(), ..ChainOptions::BUFFERED };
+    let chain = OpenChain::open(path, arguments.disk.format, options)?;
     // What a guest sees: an image's last part of a sector is not on the disk.
     let size = chain.virtual_size();
     let range = range.intersect(ByteRange::between(0, size - size % SECTOR_SIZE));

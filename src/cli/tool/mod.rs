@@ -9,6 +9,7 @@ mod create;
 mod info;
 mod map;
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -16,8 +17,13 @@ use std::process::ExitCode;
 use clap::builder::PossibleValue;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use super::Outcome;
 use super::output::Output;
+use crate::image::OpenError;
 use crate::image::chain::DiskFormat;
+use crate::image::open::OpenOptions;
+use crate::jobs::JobError;
+use crate::storage::lock::Locking;
 
 /// The program's name in its messages.
 const PROGRAM: &str = "addcow";
@@ -53,12 +59,24 @@ struct DiskArguments {
     /// How the result is shown
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: Output,
-    /// Accepted for the sake of qemu-img: disks are not locked yet
+    /// Look at the disk even if it is in use: what is seen may not fit together
     #[arg(short = 'U', long)]
     force_share: bool,
     /// The disk: its add-cow file, or with -f an image of another format
     #[arg(value_name = "DISK")]
     disk: PathBuf,
+}
+
+impl DiskArguments {
+    /// Whether the disk's files are locked.
+    fn locking(&self) -> Locking {
+        if self.force_share { Locking::Off } else { Locking::On }
+    }
+
+    /// How the disk is opened for a look.
+    fn options(&self) -> OpenOptions {
+        OpenOptions { locking: self.locking(), ..OpenOptions::READ_ONLY }
+    }
 }
 
 /// The names of the formats on the command line are those in headers.
@@ -74,10 +92,37 @@ impl ValueEnum for DiskFormat {
 
 /// Runs the tool with the arguments of its process, the program's own name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    super::run(PROGRAM, arguments, |arguments: Arguments| match arguments.verb {
-        Verb::Create(arguments) => create::run(arguments),
-        Verb::Info(arguments) => info::run(&arguments),
-        Verb::Check(arguments) => check::run(&arguments),
-        Verb::Map(arguments) => map::run(&arguments),
+    super::run(PROGRAM, arguments, |arguments: Arguments| {
+        let advice = arguments.verb.advice_when_in_use();
+        let outcome = match arguments.verb {
+            Verb::Create(arguments) => create::run(arguments),
+            Verb::Info(arguments) => info::run(&arguments),
+            Verb::Check(arguments) => check::run(&arguments),
+            Verb::Map(arguments) => map::run(&arguments),
+        };
+        outcome.or_else(|error| with_advice(error, advice))
     })
+}
+
+impl Verb {
+    /// What helps if a file of the disk is in use.
+    fn advice_when_in_use(&self) -> &'static str {
+        match self {
+            Self::Info(_) | Self::Map(_) => "-U looks at it all the same",
+            Self::Check(arguments) if !arguments.repairs() => "-U looks at it all the same",
+            _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
+        }
+    }
+}
+
+/// Adds `advice` to an error which says that a file is in use.
+fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
+    let open_error = match error.downcast_ref::<JobError>() {
+        Some(JobError::Open(error)) => Some(error),
+        _ => error.downcast_ref::<OpenError>(),
+    };
+    match open_error {
+        Some(OpenError::InUse { .. }) => Err(format!("{error} ({advice})").into()),
+        _ => Err(error),
+    }
 }

@@ -12,21 +12,24 @@ use std::sync::Arc;
 
 use super::{ClusterMap, DiskFormat, Layer, LayerDetails, LayerMap, MAX_LAYERS, OpenChain};
 use crate::format::{FileReference, Header};
-use crate::image::inspect::DiskFiles;
-use crate::image::open::{file_len, folder_of, open_file};
+use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::open::{file_len, folder_of, lock_for, open_unlocked};
 use crate::image::{FileRole, OpenError};
 use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
+use crate::storage::lock::Locking;
 
 /// How the files of a chain are opened; always for reading only.
 #[derive(Debug, Clone, Copy)]
 pub struct ChainOptions {
     /// Cache of the files with data.
     pub cache: CacheMode,
+    /// Whether the files are locked, against those who would write to them.
+    pub locking: Locking,
 }
 
 impl ChainOptions {
     /// Through the page cache: for the tool.
-    pub const BUFFERED: Self = Self { cache: CacheMode::Buffered };
+    pub const BUFFERED: Self = Self { cache: CacheMode::Buffered, locking: Locking::On };
 }
 
 impl OpenChain {
@@ -153,8 +156,9 @@ impl Opener {
 
     /// Adds a raw image. Nothing is below it.
     fn raw(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let file = open_file(role, &path, Access::ReadOnly, self.options.cache)?;
+        let file = open_unlocked(role, &path, Access::ReadOnly, self.options.cache)?;
         self.take(role, &file)?;
+        lock_for(role, &file, Access::ReadOnly, self.options.locking)?;
         self.layers.push(Layer {
             role,
             format: DiskFormat::Raw,
@@ -170,10 +174,12 @@ impl Opener {
 
     /// Adds an add-cow disk.
     fn add_cow(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let disk = DiskFiles::open(&path, Access::ReadOnly, Access::ReadOnly, self.options.cache)?;
-        let side_role = if role == FileRole::Disk { FileRole::Side } else { role };
-        self.take(side_role, &disk.side)?;
-        self.take(FileRole::Raw, &disk.raw)?;
+        let ChainOptions { cache, locking } = self.options;
+        let access = DiskAccess { cache, locking, ..DiskAccess::READ };
+        let disk = DiskFiles::open_checked(&path, access, |file_role, file| {
+            let is_backing = file_role == FileRole::Side && role != FileRole::Disk;
+            self.take(if is_backing { role } else { file_role }, file)
+        })?;
         let below = backing_of(&disk.header, folder_of(&path))?;
         let allocation = disk.allocation()?;
         let details = LayerDetails::AddCow {
