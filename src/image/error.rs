@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::format::FormatError;
+use crate::format::qcow2::Qcow2Error;
 use crate::units::ByteRange;
 
 /// Which of an image's files an error is about.
@@ -15,6 +16,8 @@ pub enum FileRole {
     Side,
     /// A file of the backing chain.
     Backing,
+    /// The external data file of a qcow2 file.
+    Data,
     /// A disk that is only read, whatever its format.
     Disk,
 }
@@ -25,6 +28,7 @@ impl std::fmt::Display for FileRole {
             Self::Raw => "raw image",
             Self::Side => "add-cow file",
             Self::Backing => "backing file",
+            Self::Data => "data file",
             Self::Disk => "disk",
         })
     }
@@ -137,6 +141,27 @@ pub enum OpenError {
         format: String,
         /// Those that we can use.
         supported: &'static str,
+    },
+    /// A qcow2 file is damaged, or of a kind that we do not read.
+    #[error("cannot use qcow2 file '{}'", path.display())]
+    Qcow2 {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: Qcow2Error,
+    },
+    /// A file names its backing file, and not in which format that is.
+    #[error(
+        "'{}' does not name the format of its backing file '{}', and formats are never probed \
+         (`qemu-img rebase -u -b FILE -F FMT` stores it)",
+        path.display(),
+        backing.display()
+    )]
+    BackingFormatMissing {
+        /// The file.
+        path: PathBuf,
+        /// Its backing file.
+        backing: PathBuf,
     },
     /// A chain comes back to a file that it has been through.
     #[error("{role} '{}' comes twice in its backing chain", path.display())]

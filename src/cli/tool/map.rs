@@ -48,7 +48,7 @@ struct Entry {
     zero: bool,
     /// Whether they are stored.
     data: bool,
-    /// Whether they are stored compressed: never.
+    /// Whether they are stored compressed.
     compressed: bool,
     /// Where in that file they are, if one has them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -125,12 +125,18 @@ fn write_human(
 ) -> Result<(), Box<dyn Error>> {
     writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
     visit(chain, range, |piece| {
-        let PieceContent::Data { file, offset } = piece.place.content else { return Ok(()) };
         let layer = &chain.layers()[piece.place.depth];
-        if let Some(file) = layer.files().nth(file).filter(|_| !piece.hole) {
+        let (file, place) = match piece.place.content {
+            PieceContent::Data { file, offset } if !piece.hole => {
+                (layer.files().nth(file), hex(offset))
+            }
+            PieceContent::Compressed => (Some(layer.own_file()), "compressed".to_owned()),
+            PieceContent::Data { .. } | PieceContent::Zero => (None, String::new()),
+        };
+        if let Some(file) = file {
             let (start, len) = (hex(piece.place.range.start()), hex(piece.place.range.len()));
             let name = printable(&file.path().display().to_string());
-            writeln!(out, "{start:<16}{len:<16}{:<16}{name}", hex(offset))?;
+            writeln!(out, "{start:<16}{len:<16}{place:<16}{name}")?;
         }
         Ok::<(), Box<dyn Error>>(())
     })

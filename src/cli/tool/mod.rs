@@ -21,7 +21,6 @@ use super::Outcome;
 use super::output::Output;
 use crate::image::OpenError;
 use crate::image::chain::DiskFormat;
-use crate::image::open::OpenOptions;
 use crate::jobs::JobError;
 use crate::storage::lock::Locking;
 
@@ -71,11 +70,6 @@ impl DiskArguments {
     /// Whether the disk's files are locked.
     fn locking(&self) -> Locking {
         if self.force_share { Locking::Off } else { Locking::On }
-    }
-
-    /// How the disk is opened for a look.
-    fn options(&self) -> OpenOptions {
-        OpenOptions { locking: self.locking(), ..OpenOptions::READ_ONLY }
     }
 }
 

@@ -8,7 +8,7 @@
 //!
 //! An [`OpenChain`] is what all threads share: files, headers, bitmaps, mapping tables. A [`Chain`]
 //! is one thread's handle on it, with that thread's storages. Each layer answers one question,
-//! where the first bytes of a range are ([`LayerMap::first`]). The walk down the layers, clipping
+//! where the first bytes of a range are ([`ChainLayer::first`]). The walk down the layers, clipping
 //! at the end of shorter ones, and reading are here, once for all formats.
 //!
 //! Promises: a range past the end of a layer reads zeros, whatever lies below that layer; what a
@@ -17,10 +17,14 @@
 //! Not here: opening and following names (`open`), how a format finds its bytes (a file for each),
 //! writing, and the layers of a disk that is written (`image`).
 
+mod cache;
+mod helper;
 pub mod open;
+mod qcow2;
 
 use std::cell::Cell;
 use std::fmt;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -28,7 +32,7 @@ use futures_util::{StreamExt, stream};
 
 use super::allocation::AllocationMap;
 use super::{FileRole, ImageError};
-use crate::format::{BitmapGeometry, Header};
+use crate::format::{BitmapGeometry, Header, qcow2 as qcow2_format};
 use crate::storage::host_file::HostFile;
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ByteRange, ClusterSize};
@@ -48,14 +52,16 @@ pub enum DiskFormat {
     Raw,
     /// An add-cow file, which names the other files.
     AddCow,
+    /// A qcow2 file of version 2 or 3.
+    Qcow2,
 }
 
 impl DiskFormat {
     /// Every format, in the order in which they are shown.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::AddCow];
+    pub const ALL: [Self; 3] = [Self::Raw, Self::AddCow, Self::Qcow2];
 
     /// The names of all formats, for messages.
-    pub const NAMES: &'static str = "raw, add-cow";
+    pub const NAMES: &'static str = "raw, add-cow, qcow2";
 
     /// Its name, as headers and command lines have it.
     #[must_use]
@@ -63,6 +69,7 @@ impl DiskFormat {
         match self {
             Self::Raw => "raw",
             Self::AddCow => "add-cow",
+            Self::Qcow2 => "qcow2",
         }
     }
 
@@ -121,7 +128,7 @@ pub struct Layer {
     format: DiskFormat,
     /// Its length in bytes, as the layer above or a guest sees it.
     virtual_size: u64,
-    /// The files that hold data.
+    /// The files that hold data; never empty.
     files: Vec<Arc<HostFile>>,
     /// The add-cow file.
     side: Option<Arc<HostFile>>,
@@ -145,6 +152,8 @@ pub enum LayerDetails {
         /// How many clusters are in the raw image.
         allocated: u64,
     },
+    /// The header of the qcow2 file.
+    Qcow2(Box<qcow2_format::Header>),
 }
 
 impl Layer {
@@ -172,6 +181,18 @@ impl Layer {
         self.files.iter().chain(&self.side)
     }
 
+    /// The file that was named: with the header, if the format has one.
+    #[must_use]
+    pub fn own_file(&self) -> &Arc<HostFile> {
+        self.side.as_ref().unwrap_or(&self.files[0])
+    }
+
+    /// The file with the data that this layer has; if a qcow2 file has no other, that one.
+    #[must_use]
+    pub fn data_file(&self) -> &Arc<HostFile> {
+        self.files.last().unwrap_or(&self.files[0])
+    }
+
     /// What its header says.
     #[must_use]
     pub fn details(&self) -> &LayerDetails {
@@ -186,6 +207,8 @@ pub enum LayerMap {
     Raw,
     /// File 0, the raw image, has the allocated clusters, at their own offsets.
     AddCow(Arc<ClusterMap>),
+    /// Where the tables of a qcow2 file say, in file 0 or in file 1, the external data file.
+    Qcow2(Arc<qcow2::Table>),
 }
 
 /// Which clusters of an add-cow disk are in its raw image.
@@ -204,30 +227,6 @@ pub struct LayerPiece {
     pub range: ByteRange,
     /// What is there; `None` when the layer has nothing and the next one is to be asked.
     pub content: Option<PieceContent>,
-}
-
-impl LayerMap {
-    /// What there is to say about the first bytes of `range`, which is not empty and lies on the
-    /// layer.
-    async fn first(&self, range: ByteRange) -> Result<LayerPiece, ImageError> {
-        let here = PieceContent::Data { file: 0, offset: range.start() };
-        Ok(match self {
-            Self::Raw => LayerPiece { range, content: Some(here) },
-            Self::AddCow(map) => {
-                let (allocated, end) = map.allocation.run(map.cluster_size.touched(range));
-                let end = map.cluster_size.start_of(end).min(range.end());
-                let range = ByteRange::between(range.start(), end);
-                LayerPiece { range, content: allocated.then_some(here) }
-            }
-        })
-    }
-
-    /// Whether a file of such a layer may end before its data does, which then reads zeros.
-    fn may_end_early(&self) -> bool {
-        match self {
-            Self::Raw | Self::AddCow(_) => false,
-        }
-    }
 }
 
 /// A piece of a chain whose bytes are all in one place.
@@ -400,7 +399,7 @@ impl<S: Storage> Chain<S> {
             PieceContent::Data { file, offset } => {
                 let at = ByteRange::between(offset, offset.saturating_add(piece.range.len()));
                 let storage = layer.file(file, at)?;
-                let result = if layer.map.may_end_early() {
+                let result = if layer.may_end_early() {
                     transfer::read_or_zero(storage, offset, data).await
                 } else {
                     // The layer ends where the file did when it was opened: one that has become
@@ -409,7 +408,7 @@ impl<S: Storage> Chain<S> {
                 };
                 result.map_err(ImageError::io("read", layer.role, at))
             }
-            PieceContent::Compressed => Err(layer.bad_table(piece.range)),
+            PieceContent::Compressed => layer.read_compressed(piece.range, data).await,
         }
     }
 
@@ -427,7 +426,7 @@ impl<S: Storage> Chain<S> {
             }
             depth = index;
             let on_layer = rest.intersect(ByteRange::between(0, layer.virtual_size));
-            let LayerPiece { range, content } = layer.map.first(on_layer).await?;
+            let LayerPiece { range, content } = layer.first(on_layer).await?;
             if let Some(content) = content {
                 return Ok(ChainPiece { range, depth, present: true, content });
             }
@@ -472,12 +471,48 @@ impl<S: Storage> Chain<S> {
 impl<S> ChainLayer<S> {
     /// The storage with that number, which a table has named.
     fn file(&self, index: usize, range: ByteRange) -> Result<&S, ImageError> {
-        self.files.get(index).ok_or_else(|| self.bad_table(range))
+        let file = self.files.get(index);
+        file.ok_or_else(|| self.look_up_error(range)(io::ErrorKind::InvalidData.into()))
     }
 
-    /// The error for a look-up whose answer cannot be.
-    fn bad_table(&self, range: ByteRange) -> ImageError {
-        ImageError::io("look up", self.role, range)(std::io::ErrorKind::InvalidData.into())
+    /// Makes an error of what a look-up in the layer's tables said.
+    fn look_up_error(&self, range: ByteRange) -> impl FnOnce(io::Error) -> ImageError {
+        ImageError::io("find clusters of", self.role, range)
+    }
+
+    /// What there is to say about the first bytes of `range`, which is not empty and lies on the
+    /// layer.
+    async fn first(&self, range: ByteRange) -> Result<LayerPiece, ImageError> {
+        let here = PieceContent::Data { file: 0, offset: range.start() };
+        match &self.map {
+            LayerMap::Raw => Ok(LayerPiece { range, content: Some(here) }),
+            LayerMap::AddCow(map) => {
+                let (allocated, end) = map.allocation.run(map.cluster_size.touched(range));
+                let end = map.cluster_size.start_of(end).min(range.end());
+                let range = ByteRange::between(range.start(), end);
+                Ok(LayerPiece { range, content: allocated.then_some(here) })
+            }
+            LayerMap::Qcow2(table) => table.first(range).await.map_err(self.look_up_error(range)),
+        }
+    }
+
+    /// Reads `range` of the layer, which is compressed.
+    async fn read_compressed(&self, range: ByteRange, data: IoBuffer) -> Result<(), ImageError> {
+        let result = match &self.map {
+            LayerMap::Qcow2(table) => table.read_compressed(range, &data).await,
+            // No other format says that anything is.
+            LayerMap::Raw | LayerMap::AddCow(_) => Err(io::ErrorKind::InvalidData.into()),
+        };
+        result.map_err(ImageError::io("read compressed clusters of", self.role, range))
+    }
+
+    /// Whether a file of the layer may end before its data does, which then reads zeros: QEMU
+    /// leaves files that end inside their last cluster.
+    fn may_end_early(&self) -> bool {
+        match self.map {
+            LayerMap::Raw | LayerMap::AddCow(_) => false,
+            LayerMap::Qcow2(_) => true,
+        }
     }
 }
 

@@ -7,14 +7,19 @@
 //!
 //! Not here: what is done with the layers (`mod`).
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::helper::Helper;
+use super::qcow2::{self, Table};
 use super::{ClusterMap, DiskFormat, Layer, LayerDetails, LayerMap, MAX_LAYERS, OpenChain};
-use crate::format::{FileReference, Header};
+use crate::format::qcow2::{Backing, Header as Qcow2Header};
+use crate::format::{FileName, FileReference, Header};
 use crate::image::inspect::{DiskAccess, DiskFiles};
-use crate::image::open::{file_len, folder_of, lock_for, open_unlocked};
+use crate::image::open::{file_len, folder_of, io_error, lock_for, open_unlocked};
 use crate::image::{FileRole, OpenError};
+use crate::storage::Alignment;
 use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
 use crate::storage::lock::Locking;
 
@@ -38,8 +43,22 @@ impl OpenChain {
     /// # Errors
     /// An [`OpenError`] that names the file.
     pub fn open(path: &Path, format: DiskFormat, options: ChainOptions) -> Result<Self, OpenError> {
-        let opener = Opener { options, taken: Vec::new(), above: 0, layers: Vec::new() };
-        opener.open(FileRole::Disk, path.to_owned(), format)
+        Opener::new(options, Vec::new(), 0).open(FileRole::Disk, path.to_owned(), format)
+    }
+
+    /// Opens the disk `path`, but not what it stands on: nothing shows through, and the backing
+    /// file need not be there.
+    ///
+    /// # Errors
+    /// As [`OpenChain::open`].
+    pub fn open_top(
+        path: &Path,
+        format: DiskFormat,
+        options: ChainOptions,
+    ) -> Result<Self, OpenError> {
+        let mut opener = Opener::new(options, Vec::new(), 0);
+        opener.layer(FileRole::Disk, path.to_owned(), format)?;
+        Ok(Self { layers: opener.layers })
     }
 
     /// The same for what is to be the backing file of a disk: there is room for one more layer.
@@ -51,8 +70,7 @@ impl OpenChain {
         format: DiskFormat,
         options: ChainOptions,
     ) -> Result<Self, OpenError> {
-        let opener = Opener { options, taken: Vec::new(), above: 1, layers: Vec::new() };
-        opener.open(FileRole::Backing, path.to_owned(), format)
+        Opener::new(options, Vec::new(), 1).open(FileRole::Backing, path.to_owned(), format)
     }
 
     /// Opens what stands below an add-cow disk whose own files are `files`; `None` if it has no
@@ -66,19 +84,16 @@ impl OpenChain {
         options: ChainOptions,
         files: &[(FileRole, &HostFile)],
     ) -> Result<Option<Self>, OpenError> {
-        let Some((path, format)) = backing_of(header, folder)? else { return Ok(None) };
+        let Some(reference) = needed_backing(header) else { return Ok(None) };
+        let (path, format) = resolve(reference, folder)?;
         let taken = files.iter().map(|(role, file)| Taken::new(*role, file)).collect();
-        let opener = Opener { options, taken, above: 1, layers: Vec::new() };
-        opener.open(FileRole::Backing, path, format).map(Some)
+        Opener::new(options, taken, 1).open(FileRole::Backing, path, format).map(Some)
     }
 }
 
-/// Where the backing file of an add-cow disk is, and its format, if it has one and needs it.
-fn backing_of(header: &Header, folder: &Path) -> Result<Option<(PathBuf, DiskFormat)>, OpenError> {
-    match &header.backing {
-        Some(reference) if !header.all_allocated => resolve(reference, folder).map(Some),
-        _ => Ok(None),
-    }
+/// The backing file of an add-cow disk, if it has one and needs it.
+fn needed_backing(header: &Header) -> Option<&FileReference> {
+    header.backing.as_ref().filter(|_| !header.all_allocated)
 }
 
 /// Where a reference to a backing file leads, and its format.
@@ -130,9 +145,16 @@ struct Opener {
     above: usize,
     /// The layers so far.
     layers: Vec<Layer>,
+    /// The thread that reads tables, once a layer needs it.
+    helper: Option<Arc<Helper>>,
 }
 
 impl Opener {
+    /// Nothing is open yet; `taken` are the files of the layers above.
+    fn new(options: ChainOptions, taken: Vec<Taken>, above: usize) -> Self {
+        Self { options, taken, above, layers: Vec::new(), helper: None }
+    }
+
     /// Opens `path` and everything below it.
     fn open(
         mut self,
@@ -145,20 +167,39 @@ impl Opener {
             if self.above + self.layers.len() == MAX_LAYERS {
                 return Err(OpenError::ChainTooLong { path, max: MAX_LAYERS });
             }
-            let below = match format {
-                DiskFormat::Raw => self.raw(role, path)?,
-                DiskFormat::AddCow => self.add_cow(role, path)?,
-            };
+            let below = self.layer(role, path, format)?.resolve()?;
             next = below.map(|(path, format)| (FileRole::Backing, path, format));
         }
         Ok(OpenChain { layers: self.layers })
     }
 
-    /// Adds a raw image. Nothing is below it.
-    fn raw(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let file = open_unlocked(role, &path, Access::ReadOnly, self.options.cache)?;
+    /// Adds one layer. Returns what its header says is below.
+    fn layer(
+        &mut self,
+        role: FileRole,
+        path: PathBuf,
+        format: DiskFormat,
+    ) -> Result<Below, OpenError> {
+        match format {
+            DiskFormat::Raw => self.raw(role, path),
+            DiskFormat::AddCow => self.add_cow(role, path),
+            DiskFormat::Qcow2 => self.qcow2(role, path),
+        }
+    }
+
+    /// Opens one file, notes that it is used, and locks it.
+    fn open_file(&mut self, role: FileRole, path: &Path) -> Result<Arc<HostFile>, OpenError> {
+        let file = open_unlocked(role, path, Access::ReadOnly, self.options.cache)?;
+        // Before it is locked: a file that comes twice would be in the way of itself.
         self.take(role, &file)?;
         lock_for(role, &file, Access::ReadOnly, self.options.locking)?;
+        Ok(file)
+    }
+
+    /// Adds a raw image. Nothing is below it.
+    fn raw(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let file = self.open_file(role, &path)?;
+        let below = Below { path: path.clone(), backing: None };
         self.layers.push(Layer {
             role,
             format: DiskFormat::Raw,
@@ -169,7 +210,7 @@ impl Opener {
             map: LayerMap::Raw,
             path,
         });
-        Ok(None)
+        Ok(below)
     }
 
     /// Adds an add-cow disk.
@@ -180,7 +221,9 @@ impl Opener {
             let is_backing = file_role == FileRole::Side && role != FileRole::Disk;
             self.take(if is_backing { role } else { file_role }, file)
         })?;
-        let below = backing_of(&disk.header, folder_of(&path))?;
+        let backing = needed_backing(&disk.header).cloned();
+        let backing = backing.map(|FileReference { name, format }| (name, Some(format)));
+        let below = Below { path: path.clone(), backing };
         let allocation = disk.allocation()?;
         let details = LayerDetails::AddCow {
             header: disk.header.clone(),
@@ -199,6 +242,52 @@ impl Opener {
             map: LayerMap::AddCow(Arc::new(map)),
         });
         Ok(below)
+    }
+
+    /// Adds a qcow2 file.
+    fn qcow2(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let file = self.open_file(role, &path)?;
+        let refused = |source| OpenError::Qcow2 { path: path.clone(), source };
+        let header = qcow2::header(&file).map_err(io_error("read", role, &path))?;
+        let header = header.map_err(refused)?;
+        let folder = folder_of(&path);
+        let mut files = vec![file];
+        if let Some(name) = header.external_data().map_err(refused)? {
+            files.push(self.open_file(FileRole::Data, &name.resolve(folder))?);
+        }
+        let backing = header.backing.clone().map(|Backing { name, format }| (name, format));
+        let below = Below { path: path.clone(), backing };
+        let table = self.qcow2_table(&files, &header).map_err(io_error("read", role, &path))?;
+        self.layers.push(Layer {
+            role,
+            format: DiskFormat::Qcow2,
+            virtual_size: header.virtual_size(),
+            files,
+            side: None,
+            details: LayerDetails::Qcow2(Box::new(header)),
+            map: LayerMap::Qcow2(Arc::new(table)),
+            path,
+        });
+        Ok(below)
+    }
+
+    /// Makes the table of a qcow2 file, and the thread that looks things up in it.
+    fn qcow2_table(&mut self, files: &[Arc<HostFile>], header: &Qcow2Header) -> io::Result<Table> {
+        let mut buffered = Vec::new();
+        for file in files {
+            // Tables and compressed clusters lie at any offset, and are read in small pieces.
+            let again = || HostFile::open(file.path(), Access::ReadOnly, CacheMode::Buffered);
+            buffered.push(match file.alignment() {
+                Alignment::NONE => Arc::clone(file),
+                _ => Arc::new(again().and_then(|again| same_file(file, again))?),
+            });
+        }
+        let helper = match &self.helper {
+            Some(helper) => Arc::clone(helper),
+            None => Arc::clone(self.helper.insert(Arc::new(Helper::start()?))),
+        };
+        let (metadata, data) = (&buffered[0], buffered.get(1).map(|file| &**file));
+        Table::open(metadata, data, header, helper)
     }
 
     /// Notes that `file` is used; refuses one that is used already.
@@ -220,5 +309,33 @@ impl Opener {
     }
 }
 
-/// What is below a layer: name and format.
-type Below = Option<(PathBuf, DiskFormat)>;
+/// `again`, if it is the file that `first` is: its name may lead elsewhere by now.
+fn same_file(first: &HostFile, again: HostFile) -> io::Result<HostFile> {
+    if first.identity() == again.identity() {
+        Ok(again)
+    } else {
+        Err(io::Error::other("it was replaced while it was opened"))
+    }
+}
+
+/// What a header says is below its layer.
+#[derive(Debug)]
+struct Below {
+    /// The file that says so.
+    path: PathBuf,
+    /// Name and format of the backing file, if there is one and it is needed.
+    backing: Option<(FileName, Option<String>)>,
+}
+
+impl Below {
+    /// Path and format of the backing file.
+    fn resolve(self) -> Result<Option<(PathBuf, DiskFormat)>, OpenError> {
+        let Some((name, format)) = self.backing else { return Ok(None) };
+        let folder = folder_of(&self.path);
+        let Some(format) = format else {
+            let backing = name.resolve(folder);
+            return Err(OpenError::BackingFormatMissing { path: self.path, backing });
+        };
+        resolve(&FileReference { name, format }, folder).map(Some)
+    }
+}
