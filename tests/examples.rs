@@ -1,4 +1,4 @@
-//! Does the manual tell the truth? Every example in `docs/addcow.md` is run.
+//! Does the manual tell the truth? Every example in `docs/addcow.md` and `docs/addcowd.md` is run.
 //!
 //! An example is an indented line `$ COMMAND` with, below it, what it prints; `...` stands for any
 //! text in a line, or on a line of its own for any lines. A command that fails is followed by a
@@ -133,9 +133,9 @@ fn run(section: &Section, setup: &str) -> Vec<String> {
     complaints
 }
 
-#[test]
-fn the_examples_of_the_manual_print_what_it_shows() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/addcow.md");
+/// Runs all examples of a page, of which there must be so many.
+fn check_page(name: &str, at_least: usize) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(name);
     let sections = sections(&fs::read_to_string(path).unwrap());
     let setup = &sections[0].setup;
     assert!(sections[0].examples.is_empty(), "examples above the first section");
@@ -143,7 +143,19 @@ fn the_examples_of_the_manual_print_what_it_shows() {
     for section in sections.iter().filter(|section| !section.examples.is_empty()) {
         complaints.extend(run(section, setup));
     }
-    assert!(complaints.is_empty(), "\ndocs/addcow.md\n{}", complaints.join("\n"));
+    assert!(complaints.is_empty(), "\n{name}\n{}", complaints.join("\n"));
+    let count: usize = sections.iter().map(|section| section.examples.len()).sum();
+    assert!(count >= at_least, "{name}: only {count} examples");
+}
+
+#[test]
+fn the_examples_of_the_tools_manual_print_what_it_shows() {
+    check_page("docs/addcow.md", 10);
+}
+
+#[test]
+fn the_examples_of_the_daemons_manual_print_what_it_shows() {
+    check_page("docs/addcowd.md", 1);
 }
 
 #[test]

@@ -7,18 +7,20 @@
 //! Not here: anything that a caller other than a person or a script could want.
 
 pub mod daemon;
+pub mod manual;
 pub mod output;
 pub mod progress;
 pub mod size;
 pub mod tool;
+mod usage;
 
 use std::error::Error;
 use std::ffi::OsString;
 use std::io;
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Command, FromArgMatches};
 
 /// Exit code when what was asked for could not be done, or was not understood: as qemu-img, which
 /// makes no difference between the two.
@@ -27,19 +29,23 @@ pub const EXIT_FAILURE: u8 = 1;
 /// What a command ends with: an exit code, or an error for standard error and [`EXIT_FAILURE`].
 pub type Outcome = Result<u8, Box<dyn Error>>;
 
-/// Parses a command line, runs it, and reports.
+/// Parses the arguments of a process, the program's own name first, runs what they ask for, and
+/// reports.
 ///
 /// Help and version go to standard output with exit code 0. A reader of standard output that has
 /// gone away (`addcow map disk | head`) ends the command without a word.
-pub fn run<A: Parser>(
-    program: &str,
+pub fn run<A: FromArgMatches>(
+    definition: Command,
     arguments: impl IntoIterator<Item = OsString>,
     command: impl FnOnce(A) -> Outcome,
 ) -> ExitCode {
-    let code = match A::try_parse_from(arguments) {
+    let program = definition.get_name().to_owned();
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let parsed = definition.clone().try_get_matches_from(&arguments);
+    let code = match parsed.and_then(|matches| A::from_arg_matches(&matches)) {
         Ok(arguments) => command(arguments).unwrap_or_else(|error| {
             if !output::is_broken_pipe(error.as_ref()) {
-                eprintln!("{}", error_line(program, error.as_ref()));
+                eprintln!("{}", error_line(&program, error.as_ref()));
             }
             EXIT_FAILURE
         }),
@@ -51,7 +57,8 @@ pub fn run<A: Parser>(
             0
         }
         Err(error) => {
-            eprintln!("{program}: {}", output::printable(&usage_line(program, &error)));
+            let line = usage::line(&definition, &arguments, &error);
+            eprintln!("{program}: {}", output::printable(&line));
             EXIT_FAILURE
         }
     };
@@ -86,27 +93,6 @@ fn host_text(error: &(dyn Error + 'static)) -> String {
     }
 }
 
-/// One line for what the parser prints as several: what is wrong, the hint if there is one, and
-/// where to read on.
-fn usage_line(program: &str, error: &clap::Error) -> String {
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return format!("nothing to do (see {program} --help)");
-    }
-    let text = error.to_string();
-    let body = text.trim_start().strip_prefix("error: ").unwrap_or(&text);
-    let end = ["\n\nUsage:", "\n\nFor more information"]
-        .iter()
-        .filter_map(|mark| body.find(mark))
-        .min()
-        .unwrap_or(body.len());
-    let (body, _) = body.split_at(end);
-    let on_one_line = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
-    let parts = body.split("\n\n").map(on_one_line);
-    // Nothing here takes an argument that starts with a dash.
-    let parts: Vec<String> = parts.filter(|part| !part.starts_with("tip: to pass")).collect();
-    format!("{} (see {program} --help)", parts.join("; "))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -124,30 +110,6 @@ mod tests {
         assert_eq!(
             error_line("addcow", &same),
             r"addcow: cannot open 'a\nb': No such file or directory"
-        );
-    }
-
-    #[test]
-    fn errors_in_the_command_line_are_one_line() {
-        #[derive(Debug, Parser)]
-        struct Arguments {
-            /// An option.
-            #[arg(long)]
-            force: bool,
-            /// A value that is needed.
-            disk: String,
-        }
-        let line = |arguments: &[&str]| {
-            usage_line("addcow", &Arguments::try_parse_from(arguments).unwrap_err())
-        };
-        assert_eq!(
-            line(&["addcow", "--forse", "x"]),
-            "unexpected argument '--forse' found; tip: a similar argument exists: '--force' \
-             (see addcow --help)"
-        );
-        assert_eq!(
-            line(&["addcow"]),
-            "the following required arguments were not provided: <DISK> (see addcow --help)"
         );
     }
 }

@@ -5,8 +5,10 @@
 //! Not here: the work itself (`image`).
 
 mod check;
+mod completions;
 mod create;
 mod info;
+mod man;
 mod map;
 
 use std::error::Error;
@@ -15,9 +17,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::builder::PossibleValue;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use super::Outcome;
+use super::manual;
 use super::output::Output;
 use crate::image::OpenError;
 use crate::image::chain::DiskFormat;
@@ -29,7 +32,9 @@ const PROGRAM: &str = "addcow";
 
 /// Copy-on-write disks over plain raw images.
 #[derive(Debug, Parser)]
-#[command(name = PROGRAM, version, disable_help_subcommand = true)]
+#[command(name = PROGRAM, version, disable_help_subcommand = true, max_term_width = 80,
+          subcommand_value_name = "VERB", subcommand_help_heading = "Verbs",
+          after_long_help = "See addcow VERB --help for each of them.")]
 struct Arguments {
     /// What to do.
     #[command(subcommand)]
@@ -47,6 +52,12 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Print a script that lets a shell complete command lines
+    #[command(hide = true)]
+    Completions(completions::Arguments),
+    /// Make the man pages
+    #[command(hide = true)]
+    Man(man::Arguments),
 }
 
 /// What every verb on an existing disk takes.
@@ -84,15 +95,26 @@ impl ValueEnum for DiskFormat {
     }
 }
 
+/// The definition of the command line.
+#[must_use]
+pub fn command() -> Command {
+    Arguments::command().mut_subcommands(|verb| {
+        let examples = manual::examples(verb.get_name());
+        verb.after_long_help(examples)
+    })
+}
+
 /// Runs the tool with the arguments of its process, the program's own name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    super::run(PROGRAM, arguments, |arguments: Arguments| {
+    super::run(command(), arguments, |arguments: Arguments| {
         let advice = arguments.verb.advice_when_in_use();
         let outcome = match arguments.verb {
             Verb::Create(arguments) => create::run(arguments),
             Verb::Info(arguments) => info::run(&arguments),
             Verb::Check(arguments) => check::run(&arguments),
             Verb::Map(arguments) => map::run(&arguments),
+            Verb::Completions(arguments) => completions::run(&arguments),
+            Verb::Man(arguments) => man::run(&arguments),
         };
         outcome.or_else(|error| with_advice(error, advice))
     })
