@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat, PROGRAM};
-use crate::cli::output::{Output, print, printable, write_json};
+use crate::cli::output::{Output, percent, print, printable, write_json};
 use crate::cli::{Outcome, error_line};
 use crate::format::FormatError;
 use crate::image::OpenError;
@@ -190,10 +190,4 @@ fn kind_of(finding: &Finding) -> &'static str {
     } else {
         "note"
     }
-}
-
-/// A part of a total that is not 0, with two decimals, rounded down.
-fn percent(part: u64, total: u64) -> String {
-    let hundredths = u128::from(part) * 10_000 / u128::from(total.max(1));
-    format!("{}.{:02}%", hundredths / 100, hundredths % 100)
 }

@@ -7,12 +7,13 @@
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
 
 use clap::Args;
 use serde::Serialize;
 
 use super::DiskArguments;
+use super::picture::{Characters, Picture, Place};
 use crate::cli::output::{Output, print, printable};
 use crate::cli::{Outcome, size};
 use crate::image::chain::{ChainOptions, OpenChain, PieceContent};
@@ -31,6 +32,9 @@ pub struct Arguments {
     /// How many bytes to show at most
     #[arg(short = 'l', long, value_name = "SIZE")]
     max_length: Option<OsString>,
+    /// Show a row of characters for the whole disk instead of a table. A terminal gets both
+    #[arg(long)]
+    picture: bool,
 }
 
 /// A piece of the disk; the keys are those of qemu-img.
@@ -65,8 +69,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let size = chain.virtual_size();
     let range = range.intersect(ByteRange::between(0, size - size % SECTOR_SIZE));
     print(|out| match arguments.disk.output {
+        Output::Json if arguments.picture => {
+            Err("--picture is for people: it does not go with --output json".into())
+        }
         Output::Json => write_json(out, &chain, range),
-        Output::Human => write_human(out, &chain, range),
+        Output::Human => write_human(out, &chain, range, arguments.picture),
     })?;
     Ok(0)
 }
@@ -117,29 +124,61 @@ fn write_json(
     Ok(())
 }
 
-/// Writes the entries that have data in a file as a table.
+/// Writes the entries that have data in a file as a table, unless `only_picture`; below it a
+/// picture for a terminal, or if it is all that is wanted.
 fn write_human(
     out: &mut dyn Write,
     chain: &OpenChain,
     range: ByteRange,
+    only_picture: bool,
 ) -> Result<(), Box<dyn Error>> {
-    writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
+    let has_picture = only_picture || io::stdout().is_terminal();
+    let mut picture = has_picture.then(|| Picture::for_output(range));
+    if !only_picture {
+        writeln!(out, "{:<16}{:<16}{:<16}File", "Offset", "Length", "Mapped to")?;
+    }
     visit(chain, range, |piece| {
-        let layer = &chain.layers()[piece.place.depth];
-        let (file, place) = match piece.place.content {
-            PieceContent::Data { file, offset } if !piece.hole => {
-                (layer.files().nth(file), hex(offset))
-            }
-            PieceContent::Compressed => (Some(layer.own_file()), "compressed".to_owned()),
-            PieceContent::Data { .. } | PieceContent::Zero => (None, String::new()),
-        };
-        if let Some(file) = file {
-            let (start, len) = (hex(piece.place.range.start()), hex(piece.place.range.len()));
-            let name = printable(&file.path().display().to_string());
-            writeln!(out, "{start:<16}{len:<16}{place:<16}{name}")?;
+        if let Some(picture) = &mut picture {
+            picture.add(piece.place.range, place_of(piece));
         }
-        Ok::<(), Box<dyn Error>>(())
-    })
+        if only_picture {
+            return Ok(());
+        }
+        write_row(out, chain, piece).map_err(Box::<dyn Error>::from)
+    })?;
+    if let Some(picture) = picture {
+        if !only_picture {
+            writeln!(out)?;
+        }
+        picture.write(out, Characters::of_locale())?;
+    }
+    Ok(())
+}
+
+/// What the picture shows for a piece.
+fn place_of(piece: Piece) -> Place {
+    match piece.place.content {
+        _ if piece.hole => Place::Nowhere,
+        PieceContent::Zero => Place::Nowhere,
+        _ if piece.place.depth == 0 => Place::Own,
+        _ => Place::Backing,
+    }
+}
+
+/// Writes the row of the table for a piece, if it has data in a file.
+fn write_row(out: &mut dyn Write, chain: &OpenChain, piece: Piece) -> io::Result<()> {
+    let layer = &chain.layers()[piece.place.depth];
+    let (file, place) = match piece.place.content {
+        PieceContent::Data { file, offset } if !piece.hole => {
+            (layer.files().nth(file), hex(offset))
+        }
+        PieceContent::Compressed => (Some(layer.own_file()), "compressed".to_owned()),
+        PieceContent::Data { .. } | PieceContent::Zero => (None, String::new()),
+    };
+    let Some(file) = file else { return Ok(()) };
+    let (start, len) = (hex(piece.place.range.start()), hex(piece.place.range.len()));
+    let name = printable(&file.path().display().to_string());
+    writeln!(out, "{start:<16}{len:<16}{place:<16}{name}")
 }
 
 /// A number in hexadecimal; 0 as just that, as the table of qemu-img has it.

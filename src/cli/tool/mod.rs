@@ -10,6 +10,7 @@ mod create;
 mod info;
 mod man;
 mod map;
+mod picture;
 
 use std::error::Error;
 use std::ffi::OsString;
