@@ -68,20 +68,22 @@ pub fn run<A: FromArgMatches>(
 /// The line that reports `error`: the program, then what went wrong, then why, as far as known.
 #[must_use]
 pub fn error_line(program: &str, error: &(dyn Error + 'static)) -> String {
-    let mut line = program.to_owned();
-    let mut last = String::new();
-    let mut next = Some(error);
+    output::printable(&format!("{program}: {}", causes(error)))
+}
+
+/// What went wrong, then why, as far as known.
+fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut texts = vec![host_text(error)];
+    let mut next = error.source();
     while let Some(error) = next {
         let text = host_text(error);
         // An error that only passes on another one says the same again.
-        if text != last {
-            line.push_str(": ");
-            line.push_str(&text);
-            last = text;
+        if texts.last() != Some(&text) {
+            texts.push(text);
         }
         next = error.source();
     }
-    output::printable(&line)
+    texts.join(": ")
 }
 
 /// What an error says, without the number that the standard library puts behind the host's words.

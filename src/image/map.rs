@@ -105,6 +105,23 @@ pub fn visit<E: From<MapError>>(
     waiting.map_or(Ok(()), visit)
 }
 
+/// How many bytes of a disk are stored in a layer below it, holes not counted: what streaming has
+/// to copy.
+///
+/// # Errors
+/// As [`visit`].
+pub fn bytes_below(chain: &OpenChain) -> Result<u64, MapError> {
+    let mut bytes = 0;
+    visit(chain, ByteRange::between(0, chain.virtual_size()), |Piece { place, hole }| {
+        if place.depth > 0 && !hole && place.content != PieceContent::Zero {
+            // The pieces do not overlap: no more than the size of the disk.
+            bytes += place.range.len();
+        }
+        Ok(())
+    })
+    .map(|()| bytes)
+}
+
 /// Tells holes from data in one file. Remembers the last answer, since clusters are small and holes
 /// are often large.
 struct HoleFinder<'a> {

@@ -73,6 +73,6 @@ unserve() {
 
 # Hides what depends on the file system: how much space a file takes.
 hide_sizes() {
-    sed -E -e 's/^( *(image )?disk size): .*/\1: .../' \
-        -e 's/("(image-)?actual-size"): [0-9]+/\1: .../'
+    sed -E -e 's/^( *((image|overlay) )?disk size): .*/\1: .../' \
+        -e 's/("((image|overlay)-)?actual-size"): [0-9]+/\1: .../'
 }

@@ -11,6 +11,7 @@ use clap::Args;
 use serde::Serialize;
 
 use super::DiskArguments;
+use super::below::Below;
 use crate::cli::Outcome;
 use crate::cli::output::{Output, human_size, print, printable, write_json};
 use crate::format::{BitmapGeometry, Header, qcow2};
@@ -106,6 +107,13 @@ struct AddCowInfo {
     allocated_clusters: u64,
     /// Clusters of the disk.
     total_clusters: u64,
+    /// Bytes that the add-cow file and the raw image take on their file systems.
+    overlay_actual_size: u64,
+    /// Bytes that still come from the backing chain, unless that cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left_to_stream: Option<u64>,
+    /// What else a reader should know, in words.
+    notes: Vec<String>,
 }
 
 /// What only qcow2 has; the keys are those of qemu-img.
@@ -144,7 +152,8 @@ pub fn run(arguments: &Arguments) -> Outcome {
     } else {
         OpenChain::open_top(path, format, options)?
     };
-    let mut infos = chain.layers().iter().map(info).collect::<Result<Vec<_>, _>>()?;
+    let infos = chain.layers().iter().map(|layer| info(layer, options));
+    let mut infos = infos.collect::<Result<Vec<_>, _>>()?;
     if let Some(top) = infos.first_mut() {
         // What a guest sees: an image's last part of a sector is not on the disk.
         top.virtual_size -= top.virtual_size % SECTOR_SIZE;
@@ -167,14 +176,15 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Ok(0)
 }
 
-/// The facts about a layer.
-fn info(layer: &Layer) -> Result<Info, OpenError> {
+/// The facts about a layer. If that needs the files below it, they are opened with `options`.
+fn info(layer: &Layer, options: ChainOptions) -> Result<Info, OpenError> {
     let (cluster_size, backing, format_specific) = match layer.details() {
         LayerDetails::Raw => (None, None, None),
         LayerDetails::AddCow { header, geometry, allocated } => {
             let backing = header.backing.as_ref();
             let backing = backing.map(|file| (file.name.as_ref(), Some(file.format.as_str())));
-            let data = add_cow_info(layer, header, geometry, *allocated)?;
+            let below = Below::of(layer.path(), options);
+            let data = add_cow_info(layer, header, geometry, *allocated, below)?;
             let size = header.cluster_size;
             (Some(size.bytes()), backing, Some(FormatSpecific::AddCow(data)))
         }
@@ -207,17 +217,22 @@ fn add_cow_info(
     header: &Header,
     geometry: &BitmapGeometry,
     allocated: u64,
+    Below { left_to_stream, notes }: Below,
 ) -> Result<AddCowInfo, OpenError> {
     let raw = layer.data_file();
+    let image_actual_size = actual_size(raw)?;
     Ok(AddCowInfo {
         image_filename: shown(header.image.name.as_ref()),
         image_format: header.image.format.clone(),
         full_image_filename: shown(raw.path()),
-        image_actual_size: actual_size(raw)?,
+        image_actual_size,
         all_allocated: header.all_allocated,
         compat_features: header.compat_features,
         allocated_clusters: allocated,
         total_clusters: geometry.clusters(),
+        overlay_actual_size: actual_size(layer.own_file())?.saturating_add(image_actual_size),
+        left_to_stream,
+        notes,
     })
 }
 
@@ -283,7 +298,16 @@ fn write_add_cow(out: &mut dyn Write, data: &AddCowInfo) -> io::Result<()> {
     writeln!(out, "    all allocated: {}", data.all_allocated)?;
     writeln!(out, "    compat features: {:#x}", data.compat_features)?;
     let (allocated, total) = (data.allocated_clusters, data.total_clusters);
-    writeln!(out, "    allocated clusters: {allocated} of {total}")
+    writeln!(out, "    allocated clusters: {allocated} of {total}")?;
+    writeln!(out, "    overlay disk size: {}", human_size(data.overlay_actual_size))?;
+    match data.left_to_stream {
+        Some(bytes) => writeln!(out, "    left to stream: {} ({bytes} bytes)", human_size(bytes))?,
+        None => writeln!(out, "    left to stream: unknown")?,
+    }
+    for note in &data.notes {
+        writeln!(out, "note: {}", printable(note))?;
+    }
+    Ok(())
 }
 
 /// Writes what only qcow2 has, in the words of qemu-img.

@@ -4,6 +4,7 @@
 //!
 //! Not here: the work itself (`image`).
 
+mod below;
 mod check;
 mod completions;
 mod create;
