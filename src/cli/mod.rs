@@ -22,6 +22,8 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Command, FromArgMatches};
 
+use crate::jobs::{Interrupted, JobError};
+
 /// Exit code when what was asked for could not be done, or was not understood: as qemu-img, which
 /// makes no difference between the two.
 pub const EXIT_FAILURE: u8 = 1;
@@ -47,6 +49,9 @@ pub fn run<A: FromArgMatches>(
             if !output::is_broken_pipe(error.as_ref()) {
                 eprintln!("{}", error_line(&program, error.as_ref()));
             }
+            if is_interruption(error.as_ref()) {
+                progress::end_by_signal();
+            }
             EXIT_FAILURE
         }),
         Err(error)
@@ -63,6 +68,12 @@ pub fn run<A: FromArgMatches>(
         }
     };
     ExitCode::from(code)
+}
+
+/// Whether a signal has ended the command.
+fn is_interruption(error: &(dyn Error + 'static)) -> bool {
+    error.is::<Interrupted>()
+        || matches!(error.downcast_ref(), Some(JobError::Interrupted(Interrupted)))
 }
 
 /// The line that reports `error`: the program, then what went wrong, then why, as far as known.
