@@ -14,6 +14,7 @@ use std::sync::atomic::Ordering;
 use addcow::executor::TaskPool;
 use addcow::format::BitmapGeometry;
 use addcow::image::allocation::AllocationMap;
+use addcow::image::chain::Chain;
 use addcow::image::{Image, ImageState};
 use addcow::storage::buffer::IoMemory;
 use addcow::storage::host_file::{Access, CacheMode, HostFile};
@@ -201,9 +202,21 @@ fn first_writes_of_whole_clusters_allocate_nothing() {
     let geometry = BitmapGeometry::new(ClusterSize::from_bits(12).unwrap(), DISK).unwrap();
     let map = AllocationMap::empty(&geometry).unwrap();
     let state = Arc::new(ImageState::add_cow(geometry, map, DISK, true));
-    let image = Image::new(Arc::clone(&state), raw_file(&ring), None, Some(raw_file(&ring)));
+    let backing = Chain::raw(raw_file(&ring), DISK);
+    let image = Image::new(Arc::clone(&state), raw_file(&ring), None, Some(backing));
     assert_eq!(allocations(&ring, image, 1), 0);
     assert_eq!(state.allocation().count(), Some(DISK / BLOCK), "every cluster was written");
+}
+
+#[test]
+fn reads_from_a_raw_backing_file_allocate_nothing() {
+    let ring = Ring::new().unwrap();
+    let geometry = BitmapGeometry::new(ClusterSize::from_bits(12).unwrap(), DISK).unwrap();
+    let map = AllocationMap::empty(&geometry).unwrap();
+    let state = Arc::new(ImageState::add_cow(geometry, map, DISK, true));
+    let backing = Chain::raw(raw_file(&ring), DISK);
+    let image = Image::new(state, raw_file(&ring), None, Some(backing));
+    assert_eq!(allocations(&ring, image, 0), 0);
 }
 
 #[test]

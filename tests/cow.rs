@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use addcow::executor::block_on;
 use addcow::format::BitmapGeometry;
 use addcow::image::allocation::AllocationMap;
+use addcow::image::chain::Chain;
 use addcow::image::{Image, ImageError, ImageState};
 use addcow::storage::file::FileStorage;
 use addcow::storage::host_file::{CacheMode, HostFile};
@@ -282,7 +283,8 @@ fn offsets_beyond_two_tebibytes_stay_exact() {
     side.set_len(geometry.file_len()).unwrap();
     let map = AllocationMap::empty(&geometry).unwrap();
     let state = Arc::new(ImageState::add_cow(geometry, map, size - 700, true));
-    let image = Image::new(Arc::clone(&state), raw.clone(), Some(side.clone()), Some(backing));
+    let chain = Chain::raw(backing, size - 700);
+    let image = Image::new(Arc::clone(&state), raw.clone(), Some(side.clone()), Some(chain));
     for (tag, offset) in (1..).zip([1 << 40, (1 << 41) - 512, (5 << 40) - 512, size - 512]) {
         block_on(image.write(offset, IoBuffer::from_bytes(&sector_bytes(tag)))).unwrap();
         let seen = IoBuffer::from_bytes(&[0x55; 512]);
@@ -427,7 +429,7 @@ fn threads_on_one_cluster_lose_nothing() {
             Arc::clone(&state),
             FileStorage::new(Arc::clone(&raw)),
             Some(FileStorage::new(Arc::clone(&side))),
-            Some(FileStorage::new(Arc::clone(&backing))),
+            Some(Chain::raw(FileStorage::new(Arc::clone(&backing)), LEN as u64)),
         );
         let mut rng = Rng::with_seed(9);
         let data = IoBuffer::from_bytes(&[0x11; 512]);
@@ -447,7 +449,8 @@ fn threads_on_one_cluster_lose_nothing() {
     });
     let whole = IoBuffer::zeroed(LEN);
     let file = |file: &Arc<HostFile>| FileStorage::new(Arc::clone(file));
-    let image = Image::new(state, file(&raw), Some(file(&side)), Some(file(&backing)));
+    let chain = Chain::raw(file(&backing), LEN as u64);
+    let image = Image::new(state, file(&raw), Some(file(&side)), Some(chain));
     block_on(image.read(0, whole.clone())).unwrap();
     let bytes = whole.to_vec();
     let lost = bytes.chunks(1024).filter(|c| c[512..].iter().any(|byte| *byte != 0)).count();

@@ -5,66 +5,22 @@
 //! `NAME.out` holds. `ADDCOW_BLESS=1 cargo test --test tool` rewrites those files: read the
 //! difference before you commit it.
 
+#[path = "common/shell.rs"]
+mod shell;
+
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
-
-/// How long a case may take: none needs more than a few seconds.
-const TIMEOUT: Duration = Duration::from_secs(120);
-
-/// The folder of the golden files.
-fn folder() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/tool")
-}
-
-/// A command that finds our `addcow` and no environment that would change its words.
-fn command(program: &str, folder: &Path) -> Command {
-    let addcow = Path::new(env!("CARGO_BIN_EXE_addcow")).parent().unwrap();
-    let path = format!("{}:{}", addcow.display(), std::env::var("PATH").unwrap_or_default());
-    let mut command = Command::new(program);
-    command.env("PATH", path).env("LC_ALL", "C").env("TZ", "UTC").env_remove("RUST_BACKTRACE");
-    command.current_dir(folder).stdin(Stdio::null()).process_group(0);
-    command
-}
-
-/// Waits for a child and ends it, with all its children, when it takes too long.
-fn wait(mut child: Child) -> String {
-    let start = Instant::now();
-    loop {
-        match child.try_wait().unwrap() {
-            Some(status) => return status.to_string(),
-            None if start.elapsed() < TIMEOUT => std::thread::sleep(Duration::from_millis(5)),
-            None => {
-                let group = rustix::process::Pid::from_child(&child);
-                rustix::process::kill_process_group(group, rustix::process::Signal::KILL).unwrap();
-                child.wait().unwrap();
-                return format!("hung for {TIMEOUT:?} and was killed");
-            }
-        }
-    }
-}
+use shell::{command, golden_folder, have, run_script, wait};
 
 /// What a case prints, and how it ends.
 fn run_case(case: &Path) -> String {
     let parent = tempfile::tempdir().unwrap();
     let work = parent.path().join("work");
     fs::create_dir(&work).unwrap();
-    let output = parent.path().join("output");
-    let file = File::create(&output).unwrap();
-    let script = format!(". {}; . {}", folder().join("prelude.sh").display(), case.display());
-    let child = command("sh", &work)
-        .args(["-eu", "-c", &script])
-        .stdout(file.try_clone().unwrap())
-        .stderr(file)
-        .spawn()
-        .unwrap();
-    let status = wait(child);
-    let printed = String::from_utf8_lossy(&fs::read(&output).unwrap()).into_owned();
+    let script = format!(". {}", case.display());
+    let (printed, status) = run_script(&script, &work, &parent.path().join("output"));
     // Where the case ran is another place every time.
     let printed = printed.replace(&*parent.path().to_string_lossy(), "TMP");
     format!("{printed}# ended with {status}\n")
@@ -87,7 +43,7 @@ fn first_difference(expected: &str, found: &str) -> String {
 fn golden_files() {
     let bless = std::env::var_os("ADDCOW_BLESS").is_some();
     let mut cases: Vec<PathBuf> =
-        fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        fs::read_dir(golden_folder()).unwrap().map(|entry| entry.unwrap().path()).collect();
     cases.retain(|path| path.extension().is_some_and(|extension| extension == "cmd"));
     cases.sort();
     assert!(!cases.is_empty());
@@ -141,10 +97,8 @@ fn pieces(map: &str) -> Vec<(u64, u64, [u64; 4])> {
 /// The same disk twice, as qcow2 overlay and as add-cow: both tools must map it alike.
 #[test]
 fn map_agrees_with_qemu_img() {
-    let have = |program| Command::new(program).arg("--version").output().is_ok();
-    if !have("qemu-img") || !have("qemu-io") {
-        // Past the capture of the test harness, so that it is seen.
-        writeln!(std::io::stderr(), "SKIPPED map_agrees_with_qemu_img: no qemu-img").unwrap();
+    if !have("qemu-img", "map_agrees_with_qemu_img") || !have("qemu-io", "map_agrees_with_qemu_img")
+    {
         return;
     }
     let parent = tempfile::tempdir().unwrap();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, ValueEnum};
+use clap::{Command, CommandFactory, Parser, ValueEnum};
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -20,6 +20,7 @@ use signal_hook::iterator::Signals;
 
 use crate::image::open::{self, OpenImage, OpenOptions};
 use crate::storage::host_file::CacheMode;
+use crate::storage::lock::Locking;
 use crate::vhost_user::backend::MAX_QUEUES;
 use crate::vhost_user::export::{Endpoint, Export, StopHandle, Tuning};
 use crate::virtio::config::DeviceConfig;
@@ -66,7 +67,7 @@ enum BackingCache {
 
 /// Serves a copy-on-write disk to a virtual machine (vhost-user-blk back end).
 #[derive(Debug, Parser)]
-#[command(name = PROGRAM, version)]
+#[command(name = PROGRAM, version, max_term_width = 80)]
 struct Arguments {
     /// The disk: an add-cow file, or a raw image with --format raw.
     #[arg(long, short = 'b', value_name = "DISK")]
@@ -90,7 +91,7 @@ struct Arguments {
     #[arg(long, short = 'r')]
     read_only: bool,
     /// Format of the disk; never guessed.
-    #[arg(long, value_enum, default_value = "add-cow")]
+    #[arg(long, value_name = "FMT", value_enum, default_value = "add-cow")]
     format: Format,
     /// Request queues, 1 to 64. QEMU uses one per virtual CPU unless told otherwise, and refuses a
     /// back end that has fewer.
@@ -115,13 +116,14 @@ struct Arguments {
     #[arg(long)]
     no_mapping: bool,
     /// Serial number of the disk, at most 20 bytes of ASCII; the guest sees it in /dev/disk/by-id.
-    #[arg(long, value_name = "S", default_value = "", value_parser = parse_serial)]
+    #[arg(long, value_name = "S", default_value = "", hide_default_value = true,
+          value_parser = parse_serial)]
     serial: String,
     /// Cache mode of the raw image.
-    #[arg(long, value_enum, default_value = "direct")]
+    #[arg(long, value_name = "MODE", value_enum, default_value = "direct")]
     cache: Cache,
     /// Cache mode of the backing file.
-    #[arg(long, value_enum, default_value = "buffered")]
+    #[arg(long, value_name = "MODE", value_enum, default_value = "buffered")]
     backing_cache: BackingCache,
 }
 
@@ -144,6 +146,12 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
+/// The definition of the command line.
+#[must_use]
+pub fn command() -> Command {
+    Arguments::command()
+}
+
 /// Runs the daemon with these arguments, the program's name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
@@ -163,7 +171,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             )
         })
         .init();
-    super::run(PROGRAM, arguments, |arguments: Arguments| serve(&arguments))
+    super::run(command(), arguments, |arguments: Arguments| serve(&arguments))
 }
 
 /// Opens the disk and serves it until told to stop.
@@ -212,6 +220,7 @@ fn open_image(arguments: &Arguments) -> Result<OpenImage, crate::image::OpenErro
             BackingCache::Direct => CacheMode::Direct,
             BackingCache::Buffered => CacheMode::Buffered,
         },
+        locking: Locking::On,
     };
     match arguments.format {
         Format::AddCow => open::add_cow(&arguments.blk_file, options),

@@ -7,17 +7,22 @@
 //! Not here: anything that a caller other than a person or a script could want.
 
 pub mod daemon;
+pub mod manual;
 pub mod output;
+pub mod progress;
 pub mod size;
 pub mod tool;
+mod usage;
 
 use std::error::Error;
 use std::ffi::OsString;
 use std::io;
 use std::process::ExitCode;
 
-use clap::Parser;
 use clap::error::ErrorKind;
+use clap::{Command, FromArgMatches};
+
+use crate::jobs::{Interrupted, JobError};
 
 /// Exit code when what was asked for could not be done, or was not understood: as qemu-img, which
 /// makes no difference between the two.
@@ -26,19 +31,26 @@ pub const EXIT_FAILURE: u8 = 1;
 /// What a command ends with: an exit code, or an error for standard error and [`EXIT_FAILURE`].
 pub type Outcome = Result<u8, Box<dyn Error>>;
 
-/// Parses a command line, runs it, and reports.
+/// Parses the arguments of a process, the program's own name first, runs what they ask for, and
+/// reports.
 ///
 /// Help and version go to standard output with exit code 0. A reader of standard output that has
 /// gone away (`addcow map disk | head`) ends the command without a word.
-pub fn run<A: Parser>(
-    program: &str,
+pub fn run<A: FromArgMatches>(
+    definition: Command,
     arguments: impl IntoIterator<Item = OsString>,
     command: impl FnOnce(A) -> Outcome,
 ) -> ExitCode {
-    let code = match A::try_parse_from(arguments) {
+    let program = definition.get_name().to_owned();
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let parsed = definition.clone().try_get_matches_from(&arguments);
+    let code = match parsed.and_then(|matches| A::from_arg_matches(&matches)) {
         Ok(arguments) => command(arguments).unwrap_or_else(|error| {
             if !output::is_broken_pipe(error.as_ref()) {
-                eprintln!("{}", error_line(program, error.as_ref()));
+                eprintln!("{}", error_line(&program, error.as_ref()));
+            }
+            if is_interruption(error.as_ref()) {
+                progress::end_by_signal();
             }
             EXIT_FAILURE
         }),
@@ -50,30 +62,39 @@ pub fn run<A: Parser>(
             0
         }
         Err(error) => {
-            eprintln!("{program}: {}", output::printable(&usage_line(program, &error)));
+            let line = usage::line(&definition, &arguments, &error);
+            eprintln!("{program}: {}", output::printable(&line));
             EXIT_FAILURE
         }
     };
     ExitCode::from(code)
 }
 
+/// Whether a signal has ended the command.
+fn is_interruption(error: &(dyn Error + 'static)) -> bool {
+    error.is::<Interrupted>()
+        || matches!(error.downcast_ref(), Some(JobError::Interrupted(Interrupted)))
+}
+
 /// The line that reports `error`: the program, then what went wrong, then why, as far as known.
 #[must_use]
 pub fn error_line(program: &str, error: &(dyn Error + 'static)) -> String {
-    let mut line = program.to_owned();
-    let mut last = String::new();
-    let mut next = Some(error);
+    output::printable(&format!("{program}: {}", causes(error)))
+}
+
+/// What went wrong, then why, as far as known.
+fn causes(error: &(dyn Error + 'static)) -> String {
+    let mut texts = vec![host_text(error)];
+    let mut next = error.source();
     while let Some(error) = next {
         let text = host_text(error);
         // An error that only passes on another one says the same again.
-        if text != last {
-            line.push_str(": ");
-            line.push_str(&text);
-            last = text;
+        if texts.last() != Some(&text) {
+            texts.push(text);
         }
         next = error.source();
     }
-    output::printable(&line)
+    texts.join(": ")
 }
 
 /// What an error says, without the number that the standard library puts behind the host's words.
@@ -83,27 +104,6 @@ fn host_text(error: &(dyn Error + 'static)) -> String {
         Some(code) => text.trim_end_matches(&format!(" (os error {code})")).to_owned(),
         None => text,
     }
-}
-
-/// One line for what the parser prints as several: what is wrong, the hint if there is one, and
-/// where to read on.
-fn usage_line(program: &str, error: &clap::Error) -> String {
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return format!("nothing to do (see {program} --help)");
-    }
-    let text = error.to_string();
-    let body = text.trim_start().strip_prefix("error: ").unwrap_or(&text);
-    let end = ["\n\nUsage:", "\n\nFor more information"]
-        .iter()
-        .filter_map(|mark| body.find(mark))
-        .min()
-        .unwrap_or(body.len());
-    let (body, _) = body.split_at(end);
-    let on_one_line = |part: &str| part.split_whitespace().collect::<Vec<_>>().join(" ");
-    let parts = body.split("\n\n").map(on_one_line);
-    // Nothing here takes an argument that starts with a dash.
-    let parts: Vec<String> = parts.filter(|part| !part.starts_with("tip: to pass")).collect();
-    format!("{} (see {program} --help)", parts.join("; "))
 }
 
 #[cfg(test)]
@@ -123,30 +123,6 @@ mod tests {
         assert_eq!(
             error_line("addcow", &same),
             r"addcow: cannot open 'a\nb': No such file or directory"
-        );
-    }
-
-    #[test]
-    fn errors_in_the_command_line_are_one_line() {
-        #[derive(Debug, Parser)]
-        struct Arguments {
-            /// An option.
-            #[arg(long)]
-            force: bool,
-            /// A value that is needed.
-            disk: String,
-        }
-        let line = |arguments: &[&str]| {
-            usage_line("addcow", &Arguments::try_parse_from(arguments).unwrap_err())
-        };
-        assert_eq!(
-            line(&["addcow", "--forse", "x"]),
-            "unexpected argument '--forse' found; tip: a similar argument exists: '--force' \
-             (see addcow --help)"
-        );
-        assert_eq!(
-            line(&["addcow"]),
-            "the following required arguments were not provided: <DISK> (see addcow --help)"
         );
     }
 }

@@ -89,6 +89,13 @@ pub fn human_size(bytes: u64) -> String {
     format!("{text} {}", UNITS[unit])
 }
 
+/// A part of a total in percent with two decimals, rounded down.
+#[must_use]
+pub fn percent(part: u64, total: u64) -> String {
+    let hundredths = u128::from(part) * 10_000 / u128::from(total.max(1));
+    format!("{}.{:02}%", hundredths / 100, hundredths % 100)
+}
+
 /// Writes `value` as JSON over several lines, indented by four blanks as qemu-img does.
 ///
 /// # Errors

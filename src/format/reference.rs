@@ -16,13 +16,15 @@ use crate::format::error::FormatError;
 /// Longest format name that is written, in bytes: its field of 16 bytes ends in a zero byte.
 pub const MAX_FORMAT_LEN: usize = 15;
 
-/// Which of the two files a name or a format belongs to.
+/// Which file a name or a format belongs to: two of an add-cow file, two of a qcow2 file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FileRole {
     /// The read-only file behind the image.
     Backing,
     /// The file with the guest's own bytes.
     Image,
+    /// The file with the guest's own bytes of a qcow2 file that holds only the tables.
+    Data,
 }
 
 impl FileRole {
@@ -32,7 +34,7 @@ impl FileRole {
     pub const fn max_name_len(self) -> usize {
         match self {
             Self::Backing => 1023,
-            Self::Image => 4095,
+            Self::Image | Self::Data => 4095,
         }
     }
 }
@@ -42,6 +44,7 @@ impl fmt::Display for FileRole {
         f.write_str(match self {
             Self::Backing => "backing file",
             Self::Image => "image file",
+            Self::Data => "data file",
         })
     }
 }
@@ -155,7 +158,8 @@ pub(super) fn encode_format(
     if text.is_empty() {
         return Err(match role {
             FileRole::Backing => FormatError::BackingFormatMissing { name: reference.name.clone() },
-            FileRole::Image => FormatError::ImageFormatMissing,
+            // A data file has no format field: it is raw.
+            FileRole::Image | FileRole::Data => FormatError::ImageFormatMissing,
         });
     }
     if !text.iter().all(u8::is_ascii_graphic) {

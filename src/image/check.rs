@@ -4,8 +4,7 @@
 //! the guest wrote, since the format has no checksums.
 //!
 //! Promises: without a repair nothing is written. A repair clears bits that belong to no cluster,
-//! and nothing else (I3 is not touched: no cluster changes). It must not run while the disk is in
-//! use, which is not noticed yet.
+//! and nothing else (I3: no cluster changes); while the disk is in use it is refused.
 //!
 //! Not here: exit codes and words for people.
 
@@ -13,13 +12,14 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::inspect::DiskFiles;
+use super::inspect::{DiskAccess, DiskFiles};
 use super::open::{file_len, io_error};
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::{BitmapGeometry, FormatError, is_add_cow};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::lock::Locking;
 use crate::storage::{IoBuffer, Storage, ZeroMode, transfer};
 use crate::units::ByteRange;
 
@@ -117,14 +117,15 @@ impl CheckReport {
     }
 }
 
-/// Checks the add-cow file `path`; clears stray bits if `repair` says so.
+/// Checks the add-cow file `path`; clears stray bits if `repair` says so, which needs locks.
 ///
 /// # Errors
 /// An [`OpenError`] if the disk's files cannot be opened or read, or are no add-cow disk of a
 /// version that we know. With a repair, a part of the stray bits may be cleared then.
-pub fn add_cow(path: &Path, repair: bool) -> Result<CheckReport, OpenError> {
+pub fn add_cow(path: &Path, repair: bool, locking: Locking) -> Result<CheckReport, OpenError> {
     let access = if repair { Access::ReadWrite } else { Access::ReadOnly };
-    let disk = match DiskFiles::open(path, access) {
+    let disk = match DiskFiles::open(path, DiskAccess { side: access, locking, ..DiskAccess::READ })
+    {
         Ok(disk) => disk,
         Err(OpenError::Format { source, .. }) if is_damage(path, &source)? => {
             let findings = vec![Finding::Header(source)];
@@ -133,7 +134,7 @@ pub fn add_cow(path: &Path, repair: bool) -> Result<CheckReport, OpenError> {
         Err(error) => return Err(error),
     };
     // Only whether it can be used at all.
-    disk.open_backing()?;
+    disk.open_backing(CacheMode::Buffered)?;
     let error = |action| io_error(action, FileRole::Side, path);
     let storage = FileStorage::new(Arc::clone(&disk.side));
     let bits = block_on(count(&storage, &disk.geometry)).map_err(error("read"))?;

@@ -6,7 +6,7 @@
 //! last the add-cow file gets its name, without replacing one unless that was asked for.
 //!
 //! Relies on nobody else creating the same disk at the same time beyond that last step, which only
-//! one of them can win. An image in use is not noticed: there are no locks yet.
+//! one of them can win. Files that are there are locked: one that is in use is left alone.
 //!
 //! Not here: what a command line means, and the bytes of the header (`format`).
 
@@ -19,13 +19,15 @@ use std::sync::Arc;
 
 use tempfile::{NamedTempFile, PersistError};
 
-use super::open::{check_distinct, check_format, file_len, folder_of, io_error, open_file};
+use super::chain::{self, ChainOptions, Layer, OpenChain};
+use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_file};
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::bitmap::MAX_VIRTUAL_SIZE;
 use crate::format::{BitmapGeometry, FileReference, FormatError, Header, encode_words};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
+use crate::storage::lock::{Locking, Usage};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ClusterSize, SECTOR_SIZE};
 
@@ -168,29 +170,35 @@ struct Plan<'a> {
     image_path: PathBuf,
     /// The raw image, if it exists; open for reading.
     image: Option<Arc<HostFile>>,
-    /// The backing file; open for reading.
-    backing: Option<Arc<HostFile>>,
+    /// The backing chain.
+    backing: Option<OpenChain>,
+    /// The add-cow file that is to be replaced, if there is one; kept for its lock.
+    _replaced: Option<HostFile>,
 }
 
 impl<'a> Plan<'a> {
     /// Looks at everything, changes nothing.
     fn new(options: &'a CreateOptions) -> Result<Self, OpenError> {
         let folder = folder_of(&options.path);
-        let image_path = check_format(FileRole::Raw, &options.image, folder)?;
+        let image_path = check_raw(FileRole::Raw, &options.image, folder)?;
         let backing = match &options.backing {
             Some(reference) => {
-                let path = check_format(FileRole::Backing, reference, folder)?;
-                let access = (Access::ReadOnly, CacheMode::Buffered);
-                Some(open_file(FileRole::Backing, &path, access.0, access.1)?)
+                let (path, format) = chain::open::resolve(reference, folder)?;
+                Some(OpenChain::open_backing(&path, format, ChainOptions::BUFFERED)?)
             }
             None => None,
         };
         let image = open_existing(FileRole::Raw, &image_path)?;
-        check_side(options, image.as_deref(), backing.as_deref())?;
+        let replaced = check_side(options, image.as_deref(), backing.as_ref())?;
         if image.is_some() && !options.reuse_image {
             return Err(OpenError::Exists { role: FileRole::Raw, path: image_path });
         }
-        let size = choose_size(options, image.as_deref(), backing.as_deref())?;
+        // The new disk is ours alone, whatever its files were before.
+        for (role, file) in [(FileRole::Raw, image.as_deref()), (FileRole::Side, replaced.as_ref())]
+        {
+            file.map_or(Ok(()), |file| lock_file(role, file, Usage::Write))?;
+        }
+        let size = choose_size(options, image.as_deref(), backing.as_ref())?;
         let cluster_size = options.cluster_size.unwrap_or_else(|| default_cluster_size(size));
         let header = Header {
             cluster_size,
@@ -200,7 +208,7 @@ impl<'a> Plan<'a> {
             compat_features: 0,
         };
         let geometry = new_geometry(&options.path, cluster_size, size)?;
-        Ok(Self { options, header, geometry, image_path, image, backing })
+        Ok(Self { options, header, geometry, image_path, image, backing, _replaced: replaced })
     }
 
     /// Makes the files.
@@ -211,7 +219,7 @@ impl<'a> Plan<'a> {
         let image = self.make_image()?;
         // Once more: who asked for one name for two new files has by now got the first of them,
         // and would lose it to the second.
-        check_side(self.options, Some(&image.file), self.backing.as_deref())?;
+        check_side(self.options, Some(&image.file), self.backing.as_ref())?;
         publish(side, path, self.options.force)?;
         image.keep();
         Ok(Created { header: self.header, geometry: self.geometry })
@@ -226,13 +234,17 @@ impl<'a> Plan<'a> {
                 if len >= size {
                     return Ok(MadeImage { file: Arc::clone(image), undo: Undo::Nothing });
                 }
-                let file = open_file(FileRole::Raw, path, Access::ReadWrite, CacheMode::Buffered)?;
+                // Locked already, through the other open file.
+                let access = (Access::ReadWrite, CacheMode::Buffered);
+                let file = open_file(FileRole::Raw, path, access.0, access.1, Locking::Off)?;
                 MadeImage { file, undo: Undo::SetLen { from: size, to: len } }
             }
             None => {
                 let file =
                     HostFile::create_new(path).map_err(io_error("create", FileRole::Raw, path))?;
-                MadeImage { file: Arc::new(file), undo: Undo::Remove }
+                let made = MadeImage { file: Arc::new(file), undo: Undo::Remove };
+                lock_file(FileRole::Raw, &made.file, Usage::Write)?;
+                made
             }
         };
         let storage = FileStorage::new(Arc::clone(&made.file));
@@ -350,27 +362,31 @@ fn open_existing(role: FileRole, path: &Path) -> Result<Option<Arc<HostFile>>, O
 }
 
 /// Whether the add-cow file may be made: there is none, or it may be replaced; and it is none of
-/// the disk's other files, which must be two themselves.
+/// the disk's other files, which must be two themselves. Returns the one that will be replaced.
 fn check_side(
     options: &CreateOptions,
     image: Option<&HostFile>,
-    backing: Option<&HostFile>,
-) -> Result<(), OpenError> {
-    if let (Some(image), Some(backing)) = (image, backing) {
-        check_distinct(FileRole::Raw, image, FileRole::Backing, backing)?;
+    backing: Option<&OpenChain>,
+) -> Result<Option<HostFile>, OpenError> {
+    let backing = || backing.into_iter().flat_map(OpenChain::layers).flat_map(Layer::files);
+    for backing in backing() {
+        if let Some(image) = image {
+            check_distinct(FileRole::Raw, image, FileRole::Backing, backing)?;
+        }
     }
     let path = &options.path;
     let metadata = match symlink_metadata(path) {
         Ok(metadata) => metadata,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error("look at", FileRole::Side, path)(error)),
     };
     // One that cannot be opened is none of the others, which were.
-    if let Ok(side) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
-        for (role, file) in [(FileRole::Raw, image), (FileRole::Backing, backing)] {
-            if let Some(file) = file {
-                check_distinct(role, file, FileRole::Side, &side)?;
-            }
+    let side = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered).ok();
+    if let Some(side) = &side {
+        let image = image.map(|file| (FileRole::Raw, file));
+        let backing = backing().map(|file| (FileRole::Backing, &**file));
+        for (role, file) in image.into_iter().chain(backing) {
+            check_distinct(role, file, FileRole::Side, side)?;
         }
     }
     if !options.force {
@@ -381,27 +397,25 @@ fn check_side(
         let problem = io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file");
         return Err(io_error("replace", FileRole::Side, path)(problem));
     }
-    Ok(())
+    Ok(side)
 }
 
 /// The virtual size in bytes.
 fn choose_size(
     options: &CreateOptions,
     image: Option<&HostFile>,
-    backing: Option<&HostFile>,
+    backing: Option<&OpenChain>,
 ) -> Result<u64, OpenError> {
-    let len = |role, file: Option<&HostFile>| file.map_or(Ok(0), |file| file_len(role, file));
-    let image_len = len(FileRole::Raw, image)?;
+    let image_len = image.map_or(Ok(0), |file| file_len(FileRole::Raw, file))?;
     // docs/format.md, "What the guest sees": an image's last part of a sector is not on the disk.
     let image_size = image_len - image_len % SECTOR_SIZE;
-    let size = match options.size {
-        Some(size) => size,
-        None if image_size > 0 => image_size,
-        None if backing.is_some() => {
-            let backing_len = len(FileRole::Backing, backing)?;
-            backing_len.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
+    let size = match (options.size, backing) {
+        (Some(size), _) => size,
+        (None, _) if image_size > 0 => image_size,
+        (None, Some(chain)) => {
+            chain.virtual_size().checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
         }
-        None => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
+        (None, None) => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
     };
     let invalid = |problem| Err(OpenError::InvalidSize { size, problem });
     if size == 0 {

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::format::FormatError;
+use crate::format::qcow2::Qcow2Error;
 use crate::units::ByteRange;
 
 /// Which of an image's files an error is about.
@@ -13,8 +14,12 @@ pub enum FileRole {
     Raw,
     /// The side file: header and allocation bitmap.
     Side,
-    /// The backing file.
+    /// A file of the backing chain.
     Backing,
+    /// The external data file of a qcow2 file.
+    Data,
+    /// A disk that is only read, whatever its format.
+    Disk,
 }
 
 impl std::fmt::Display for FileRole {
@@ -23,6 +28,8 @@ impl std::fmt::Display for FileRole {
             Self::Raw => "raw image",
             Self::Side => "add-cow file",
             Self::Backing => "backing file",
+            Self::Data => "data file",
+            Self::Disk => "disk",
         })
     }
 }
@@ -112,8 +119,19 @@ pub enum OpenError {
         /// The least length in bytes.
         needed: u64,
     },
+    /// A file is in use elsewhere, in a way that does not go together with ours.
+    #[error("{role} '{}' is in use by another process", path.display())]
+    InUse {
+        /// Which file.
+        role: FileRole,
+        /// Its name.
+        path: PathBuf,
+    },
     /// A file is in a format that we cannot use in this role.
-    #[error("{role} '{}' has unsupported format '{format}' (supported: raw)", path.display())]
+    #[error(
+        "{role} '{}' has unsupported format '{format}' (supported: {supported})",
+        path.display()
+    )]
     UnsupportedFormat {
         /// Which file.
         role: FileRole,
@@ -121,6 +139,45 @@ pub enum OpenError {
         path: PathBuf,
         /// The format that was named.
         format: String,
+        /// Those that we can use.
+        supported: &'static str,
+    },
+    /// A qcow2 file is damaged, or of a kind that we do not read.
+    #[error("cannot use qcow2 file '{}'", path.display())]
+    Qcow2 {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: Qcow2Error,
+    },
+    /// A file names its backing file, and not in which format that is.
+    #[error(
+        "'{}' does not name the format of its backing file '{}', and formats are never probed \
+         (`qemu-img rebase -u -b FILE -F FMT` stores it)",
+        path.display(),
+        backing.display()
+    )]
+    BackingFormatMissing {
+        /// The file.
+        path: PathBuf,
+        /// Its backing file.
+        backing: PathBuf,
+    },
+    /// A chain comes back to a file that it has been through.
+    #[error("{role} '{}' comes twice in its backing chain", path.display())]
+    Cycle {
+        /// As what.
+        role: FileRole,
+        /// Its name, the second time.
+        path: PathBuf,
+    },
+    /// A chain is longer than any that makes sense.
+    #[error("backing file '{}' is below {max} others: the chain is too long", path.display())]
+    ChainTooLong {
+        /// The first backing file too many.
+        path: PathBuf,
+        /// The most layers.
+        max: usize,
     },
     /// Two files that must differ are one, perhaps under two names.
     #[error(

@@ -4,7 +4,7 @@
 //!   read                       write                        flush
 //!    | resolve (extent)         | lock clusters (I5)         | freeze the new bits
 //!    |  Data    -> raw image    | fill what is not covered   | sync the raw image
-//!    |  Backing -> backing file | write data to raw image    | write the bits
+//!    |  Backing -> its chain     | write data to raw image    | write the bits
 //!    |  Zero    -> zeros        | mark the clusters          | sync the add-cow file
 //! ```
 //!
@@ -36,6 +36,7 @@
 //! ```
 
 pub mod allocation;
+pub mod chain;
 pub mod check;
 pub mod cluster_lock;
 pub mod create;
@@ -56,6 +57,7 @@ use crate::format::BitmapGeometry;
 use crate::storage::Storage;
 use crate::units::{ByteRange, ClusterSize, SECTOR_SIZE};
 use allocation::AllocationMap;
+use chain::Chain;
 use cluster_lock::ClusterLocks;
 pub use error::{FileRole, ImageError, OpenError};
 use flush::FlushBarrier;
@@ -69,7 +71,7 @@ pub struct ImageState {
     cluster_size: ClusterSize,
     /// Where the bitmap lies in the side file; `None` without a side file.
     geometry: Option<BitmapGeometry>,
-    /// Length of the backing file in bytes; 0 without one. It may be any number.
+    /// Length of the backing chain in bytes; 0 without one. It may be any number.
     backing_len: u64,
     /// Whether the image may be changed.
     writable: bool,
@@ -181,14 +183,14 @@ pub struct Image<S> {
     raw: S,
     /// The side file; `None` for a plain raw image.
     side: Option<S>,
-    /// The backing file, if there is one and it is needed.
-    backing: Option<S>,
+    /// The backing chain, if there is one and it is needed.
+    backing: Option<Chain<S>>,
 }
 
 impl<S: Storage> Image<S> {
     /// A handle on `state` with this thread's storages.
     #[must_use]
-    pub fn new(state: Arc<ImageState>, raw: S, side: Option<S>, backing: Option<S>) -> Self {
+    pub fn new(state: Arc<ImageState>, raw: S, side: Option<S>, backing: Option<Chain<S>>) -> Self {
         Self { state, raw, side, backing }
     }
 

@@ -5,24 +5,29 @@
 //! header says, never what its content looks like. Files are told apart by (device, inode), so
 //! that a hard or symbolic link does not pass for another file.
 //!
-//! Not here: image locks, and the I/O engine that the disk is served with.
+//! Every file is locked before anything is read from it (P8), unless that was turned off: what was
+//! read stays true, and who uses a disk otherwise is noticed before a byte is changed.
+//!
+//! Not here: the I/O engine that the disk is served with.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::chain::{Layer, OpenChain};
+use super::inspect::{DiskAccess, DiskFiles};
 use super::load::{self, LoadError};
 use super::{FileRole, Image, ImageState, OpenError};
 use crate::executor::block_on;
-use crate::format::{BitmapGeometry, FileReference, FormatError, Header};
-use crate::image::allocation::AllocationMap;
+use crate::format::{FileReference, FormatError, Header};
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::lock::{LockError, Locking, Usage};
 use crate::storage::mapping::Mapping;
 use crate::units::SECTOR_SIZE;
 
-/// The only format of raw images and backing files so far.
+/// The only format of raw images.
 pub const RAW_FORMAT: &str = "raw";
 
 /// How a disk is opened.
@@ -34,12 +39,18 @@ pub struct OpenOptions {
     pub cache: CacheMode,
     /// Cache of the backing file.
     pub backing_cache: CacheMode,
+    /// Whether the files are locked.
+    pub locking: Locking,
 }
 
 impl OpenOptions {
     /// For the tool: reading only, through the page cache.
-    pub const READ_ONLY: Self =
-        Self { writable: false, cache: CacheMode::Buffered, backing_cache: CacheMode::Buffered };
+    pub const READ_ONLY: Self = Self {
+        writable: false,
+        cache: CacheMode::Buffered,
+        backing_cache: CacheMode::Buffered,
+        locking: Locking::On,
+    };
 
     /// How the disk's own files are opened.
     fn access(&self) -> Access {
@@ -56,8 +67,8 @@ pub struct OpenImage {
     pub raw: Arc<HostFile>,
     /// The add-cow file; `None` for a plain raw image.
     pub side: Option<Arc<HostFile>>,
-    /// The backing file, if there is one and it is needed.
-    pub backing: Option<Arc<HostFile>>,
+    /// The backing chain, if there is one and it is needed.
+    pub backing: Option<OpenChain>,
     /// The add-cow file's header; `None` for a plain raw image.
     pub header: Option<Header>,
 }
@@ -70,7 +81,7 @@ impl OpenImage {
             Arc::clone(&self.state),
             make(&self.raw),
             self.side.as_ref().map(make),
-            self.backing.as_ref().map(make),
+            self.backing.as_ref().map(|chain| chain.handle(&engine)),
         )
     }
 }
@@ -89,7 +100,8 @@ impl OpenImage {
 
     /// The files with the guest's data.
     fn data_files(&self) -> impl Iterator<Item = &Arc<HostFile>> {
-        std::iter::once(&self.raw).chain(&self.backing)
+        let layers = self.backing.iter().flat_map(OpenChain::layers);
+        std::iter::once(&self.raw).chain(layers.flat_map(Layer::files))
     }
 }
 
@@ -98,29 +110,22 @@ impl OpenImage {
 /// # Errors
 /// An [`OpenError`] that names the file. Nothing has been changed.
 pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let side = open_file(FileRole::Side, path, options.access(), CacheMode::Buffered)?;
-    let side_storage = FileStorage::new(Arc::clone(&side));
-    let header = block_on(load::header(&side_storage)).map_err(|e| load_error(path, e))?;
-    let folder = folder_of(path);
-    let raw_path = check_format(FileRole::Raw, &header.image, folder)?;
-    let raw = open_file(FileRole::Raw, &raw_path, options.access(), options.cache)?;
-    check_distinct(FileRole::Raw, &raw, FileRole::Side, &side)?;
-    let backing = open_backing(&header, folder, options.backing_cache)?;
-    if let Some(backing) = &backing {
-        check_distinct(FileRole::Raw, &raw, FileRole::Backing, backing)?;
-        check_distinct(FileRole::Backing, backing, FileRole::Side, &side)?;
-    }
-    let len = sectors_of(&raw)?;
-    let geometry = BitmapGeometry::new(header.cluster_size, len)
-        .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
-    let allocation = if header.all_allocated {
-        AllocationMap::all()
-    } else {
-        block_on(load::bitmap(&side_storage, &geometry)).map_err(|e| load_error(path, e))?
-    };
-    let backing_len = backing.as_ref().map_or(Ok(0), |file| file_len(FileRole::Backing, file))?;
-    let state = ImageState::add_cow(geometry, allocation, backing_len, options.writable);
-    Ok(OpenImage { state: Arc::new(state), raw, side: Some(side), backing, header: Some(header) })
+    let access = options.access();
+    let disk = DiskFiles::open(
+        path,
+        DiskAccess { side: access, raw: access, cache: options.cache, locking: options.locking },
+    )?;
+    let backing = disk.open_backing(options.backing_cache)?;
+    let backing_len = backing.as_ref().map_or(0, OpenChain::virtual_size);
+    let allocation = disk.allocation()?;
+    let state = ImageState::add_cow(disk.geometry, allocation, backing_len, options.writable);
+    Ok(OpenImage {
+        state: Arc::new(state),
+        raw: disk.raw,
+        side: Some(disk.side),
+        backing,
+        header: Some(disk.header),
+    })
 }
 
 /// Opens a plain raw image.
@@ -128,7 +133,7 @@ pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError
 /// # Errors
 /// As [`add_cow`].
 pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let raw = open_file(FileRole::Raw, path, options.access(), options.cache)?;
+    let raw = open_file(FileRole::Raw, path, options.access(), options.cache, options.locking)?;
     let state = Arc::new(ImageState::raw(sectors_of(&raw)?, options.writable));
     Ok(OpenImage { state, raw, side: None, backing: None, header: None })
 }
@@ -138,7 +143,8 @@ pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
 /// # Errors
 /// As [`add_cow`].
 pub fn header(path: &Path) -> Result<Header, OpenError> {
-    let side = open_file(FileRole::Side, path, Access::ReadOnly, CacheMode::Buffered)?;
+    let access = (Access::ReadOnly, CacheMode::Buffered);
+    let side = open_file(FileRole::Side, path, access.0, access.1, Locking::On)?;
     block_on(load::header(&FileStorage::new(side))).map_err(|e| load_error(path, e))
 }
 
@@ -148,8 +154,22 @@ pub fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// Opens one file of a disk.
+/// Opens one file of a disk, and locks it for that access.
 pub(super) fn open_file(
+    role: FileRole,
+    path: &Path,
+    access: Access,
+    cache: CacheMode,
+    locking: Locking,
+) -> Result<Arc<HostFile>, OpenError> {
+    let file = open_unlocked(role, path, access, cache)?;
+    lock_for(role, &file, access, locking)?;
+    Ok(file)
+}
+
+/// Opens one file of a disk, which the caller locks once it knows that it has not done so through
+/// another open file: the two would refuse each other.
+pub(super) fn open_unlocked(
     role: FileRole,
     path: &Path,
     access: Access,
@@ -159,23 +179,30 @@ pub(super) fn open_file(
     Ok(Arc::new(file))
 }
 
-/// Opens the backing file, if the disk has one and needs it.
-pub(super) fn open_backing(
-    header: &Header,
-    folder: &Path,
-    cache: CacheMode,
-) -> Result<Option<Arc<HostFile>>, OpenError> {
-    match &header.backing {
-        Some(reference) if !header.all_allocated => {
-            let path = check_format(FileRole::Backing, reference, folder)?;
-            open_file(FileRole::Backing, &path, Access::ReadOnly, cache).map(Some)
-        }
-        _ => Ok(None),
+/// Locks one file of a disk for that access, unless locking is off.
+pub(super) fn lock_for(
+    role: FileRole,
+    file: &HostFile,
+    access: Access,
+    locking: Locking,
+) -> Result<(), OpenError> {
+    match (locking, access) {
+        (Locking::Off, _) => Ok(()),
+        (Locking::On, Access::ReadOnly) => lock_file(role, file, Usage::Read),
+        (Locking::On, Access::ReadWrite) => lock_file(role, file, Usage::Write),
     }
 }
 
-/// The path of a file that the header refers to, if we can use its format.
-pub(super) fn check_format(
+/// Locks one file of a disk for as long as it is open.
+pub(super) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
+    file.lock(usage).map_err(|error| match error {
+        LockError::InUse => OpenError::InUse { role, path: file.path().to_owned() },
+        LockError::Host(source) => io_error("lock", role, file.path())(source),
+    })
+}
+
+/// The path of a file that must be raw.
+pub(super) fn check_raw(
     role: FileRole,
     reference: &FileReference,
     folder: &Path,
@@ -184,7 +211,8 @@ pub(super) fn check_format(
     if reference.format == RAW_FORMAT {
         Ok(path)
     } else {
-        Err(OpenError::UnsupportedFormat { role, path, format: reference.format.clone() })
+        let (format, supported) = (reference.format.clone(), RAW_FORMAT);
+        Err(OpenError::UnsupportedFormat { role, path, format, supported })
     }
 }
 

@@ -52,21 +52,26 @@ impl<S: Storage> Image<S> {
 
     /// Reads one extent.
     async fn read_extent(&self, extent: Extent, data: IoBuffer) -> Result<(), ImageError> {
-        let (storage, role) = match extent.kind {
-            ExtentKind::Data => (Some(&self.raw), FileRole::Raw),
-            ExtentKind::Backing => (self.backing.as_ref(), FileRole::Backing),
-            ExtentKind::Zero => (None, FileRole::Backing),
-        };
-        let Some(storage) = storage else {
-            data.fill_zero();
-            return Ok(());
+        let storage = match (extent.kind, &self.backing) {
+            (ExtentKind::Data, _) => &self.raw,
+            (ExtentKind::Backing, Some(chain)) => match chain.as_raw() {
+                Some(storage) => storage,
+                // Boxed, or the future of every request would be as large as the walk down a chain.
+                None => return Box::pin(chain.read(extent.range.start(), data)).await,
+            },
+            (ExtentKind::Zero, _) | (ExtentKind::Backing, None) => {
+                data.fill_zero();
+                return Ok(());
+            }
         };
         // The extent ends where the file did when it was opened: one that has become shorter is an
         // error, not zeros.
-        transfer::read_exact(storage, extent.range.start(), data).await.map_err(ImageError::io(
-            "read",
-            role,
-            extent.range,
-        ))
+        transfer::read_exact(storage, extent.range.start(), data).await.map_err(|error| {
+            let role = match extent.kind {
+                ExtentKind::Data => FileRole::Raw,
+                ExtentKind::Backing | ExtentKind::Zero => FileRole::Backing,
+            };
+            ImageError::io("read", role, extent.range)(error)
+        })
     }
 }

@@ -5,3 +5,9 @@
 //! that the same code runs on files and on the simulated disk of the tests.
 //!
 //! Not here: what a guest's requests do (`image`), and what a person sees (`cli`).
+
+pub mod error;
+pub mod progress;
+
+pub use error::JobError;
+pub use progress::{Interrupted, Progress, Unwatched};

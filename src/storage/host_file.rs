@@ -15,6 +15,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, fsync, open, seek, statx};
 
 use super::Alignment;
+use super::lock::{self, LockError, Usage};
 use super::mapping::Mapping;
 use crate::units::{ByteRange, SECTOR_SIZE};
 
@@ -61,6 +62,8 @@ pub struct HostFile {
     alignment: Alignment,
     /// Whether it lies on tmpfs.
     in_memory: bool,
+    /// For what it is locked, if it is.
+    locked: OnceLock<Usage>,
     /// Its mapping, once [`HostFile::map`] was called and could make one.
     mapping: OnceLock<Mapping>,
 }
@@ -105,8 +108,20 @@ impl HostFile {
         };
         let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
         let alignment = set_flags(&file, cache, in_memory)?;
-        let mapping = OnceLock::new();
-        Ok(Self { file, path: path.to_owned(), identity, alignment, in_memory, mapping })
+        let (locked, mapping) = (OnceLock::new(), OnceLock::new());
+        let path = path.to_owned();
+        Ok(Self { file, path, identity, alignment, in_memory, locked, mapping })
+    }
+
+    /// Announces to other programs that the file is used in that way, for as long as this lives.
+    /// At most once.
+    ///
+    /// # Errors
+    /// See [`LockError`]; nothing is announced then.
+    pub fn lock(&self, usage: Usage) -> Result<(), LockError> {
+        lock::lock(&self.file, usage)?;
+        assert!(self.locked.set(usage).is_ok(), "a file is locked once");
+        Ok(())
     }
 
     /// The open file.
@@ -208,6 +223,16 @@ impl HostFile {
             Err(error) => return Err(error.into()),
         };
         Ok(Some(ByteRange::between(start, seek(&self.file, SeekFrom::Hole(start))?)))
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        // Closing it would do, but not at once: an io_uring that has used the file may keep it for
+        // some milliseconds after its own end.
+        if let Some(usage) = self.locked.get() {
+            lock::release(&self.file, *usage);
+        }
     }
 }
 

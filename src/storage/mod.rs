@@ -12,6 +12,7 @@ pub mod buffer;
 pub mod fault_guard;
 pub mod file;
 pub mod host_file;
+pub mod lock;
 pub mod mapping;
 pub mod sim;
 pub mod transfer;

@@ -21,6 +21,7 @@ use std::task::{Context, Poll, Wake, Waker};
 use addcow::executor::block_on;
 use addcow::format::{BitmapGeometry, FileName, FileReference, FileRole, Header};
 use addcow::image::allocation::AllocationMap;
+use addcow::image::chain::Chain;
 use addcow::image::create::NewSide;
 use addcow::image::{Image, ImageError, ImageState, load};
 use addcow::storage::sim::{SimDisk, SimStorage};
@@ -220,6 +221,13 @@ impl Rig {
         self.setup.backing_len.map(|_| self.disk.file(BACKING))
     }
 
+    /// The backing file as a chain.
+    fn backing_chain(&self) -> Option<Chain<SimStorage>> {
+        let file = self.backing()?;
+        let len = file.file_len().expect("the length of a simulated file");
+        Some(Chain::raw(file, len))
+    }
+
     /// Opens the disk from the bytes of its side file, as a daemon does.
     pub fn open(&self) -> Arc<ImageState> {
         self.try_open(true).expect("an image opens without repair (P1)")
@@ -242,7 +250,7 @@ impl Rig {
     /// A handle on an open disk, as each queue has one.
     pub fn handle(&self, state: &Arc<ImageState>) -> Image<SimStorage> {
         let (raw, side) = (self.disk.file(RAW), self.disk.file(SIDE));
-        Image::new(Arc::clone(state), raw, Some(side), self.backing())
+        Image::new(Arc::clone(state), raw, Some(side), self.backing_chain())
     }
 
     /// The tags of the whole disk, as `image` shows them with nothing else going on.

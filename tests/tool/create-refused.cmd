@@ -40,9 +40,8 @@ echo '# backing file'
 refused addcow create -b missing.img -F raw x.add-cow 1M
 refused addcow create -b base.img x.add-cow 1M
 refused addcow create -F raw x.add-cow 1M
-refused addcow create -b base.img -F qcow2 x.add-cow 1M
+refused addcow create -b base.img -F vmdk x.add-cow 1M
 refused addcow create -b base.img -F '' x.add-cow 1M
-refused addcow create -b old.add-cow -F add-cow x.add-cow 1M
 refused addcow create -b folder -F raw x.add-cow 1M
 refused addcow create -b fifo -F raw x.add-cow 1M
 refused addcow create -b /dev/null -F raw x.add-cow 1M

@@ -78,7 +78,7 @@ bad 'a name that would play with the terminal'
 poke bad.add-cow 76 'b\033[2J\n'
 refused addcow map bad.add-cow
 bad 'unknown backing format'
-poke bad.add-cow 44 'qcow2'
+poke bad.add-cow 44 'vmdk'
 refused addcow map bad.add-cow
 refused addcow check bad.add-cow
 bad 'no backing format'

@@ -53,8 +53,26 @@ lengths() {
     stat -c '%n %s' "$@"
 }
 
+# Serves a disk until unserve: serve DISK [OPTION...].
+serve() {
+    served=$1
+    shift
+    addcowd --blk-file "$served" --socket-path ../socket "$@" 2> ../daemon &
+    daemon=$!
+    until test -S ../socket; do
+        kill -0 "$daemon" || return 1
+        sleep 0.01
+    done
+}
+
+# Ends the daemon.
+unserve() {
+    kill "$daemon"
+    wait "$daemon" || true
+}
+
 # Hides what depends on the file system: how much space a file takes.
 hide_sizes() {
-    sed -E -e 's/^( *(image )?disk size): .*/\1: .../' \
-        -e 's/("(image-)?actual-size"): [0-9]+/\1: .../'
+    sed -E -e 's/^( *((image|overlay) )?disk size): .*/\1: .../' \
+        -e 's/("((image|overlay)-)?actual-size"): [0-9]+/\1: .../'
 }

@@ -7,7 +7,7 @@ refused addcow check
 refused addcow map
 refused addcow info a b
 refused addcow info --output=xml disk.add-cow
-refused addcow info -f qcow2 disk.add-cow
+refused addcow info -f vmdk disk.add-cow
 refused addcow map --start-offset x disk.add-cow
 refused addcow map --output=jsn disk.add-cow
 t addcow --version

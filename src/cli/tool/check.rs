@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat, PROGRAM};
-use crate::cli::output::{Output, print, printable, write_json};
+use crate::cli::output::{Output, percent, print, printable, write_json};
 use crate::cli::{Outcome, error_line};
 use crate::format::FormatError;
 use crate::image::OpenError;
@@ -40,6 +40,13 @@ pub struct Arguments {
     /// Print errors only
     #[arg(short, long)]
     quiet: bool,
+}
+
+impl Arguments {
+    /// Whether something may be repaired; whichever it is, there is one kind of repair.
+    pub(super) fn repairs(&self) -> bool {
+        matches!(self.repair, Some(Repair::Leaks | Repair::All))
+    }
 }
 
 /// What may be repaired.
@@ -89,9 +96,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
         eprintln!("{PROGRAM}: a raw image has nothing that could be checked");
         return Ok(EXIT_UNSUPPORTED);
     }
-    // Whichever it is, there is one kind of repair.
-    let repair = matches!(arguments.repair, Some(Repair::Leaks | Repair::All));
-    let report = match add_cow(path, repair) {
+    let repair = arguments.repairs();
+    if repair && arguments.disk.force_share {
+        return Err("-r changes the disk and needs it alone: it does not go with -U".into());
+    }
+    let report = match add_cow(path, repair, arguments.disk.locking()) {
         Err(error) if is_unsupported(&error) => {
             eprintln!("{}", error_line(PROGRAM, &error));
             return Ok(EXIT_UNSUPPORTED);
@@ -181,10 +190,4 @@ fn kind_of(finding: &Finding) -> &'static str {
     } else {
         "note"
     }
-}
-
-/// A part of a total that is not 0, with two decimals, rounded down.
-fn percent(part: u64, total: u64) -> String {
-    let hundredths = u128::from(part) * 10_000 / u128::from(total.max(1));
-    format!("{}.{:02}%", hundredths / 100, hundredths % 100)
 }

@@ -10,13 +10,19 @@ use std::path::Path;
 use clap::Args;
 use serde::Serialize;
 
-use super::{DiskArguments, DiskFormat};
+use super::DiskArguments;
+use super::below::Below;
 use crate::cli::Outcome;
 use crate::cli::output::{Output, human_size, print, printable, write_json};
-use crate::image::inspect::DiskFiles;
-use crate::image::open::{OpenOptions, RAW_FORMAT, raw};
+use crate::format::{BitmapGeometry, Header, qcow2};
+use crate::image::chain::{ChainOptions, Layer, LayerDetails, OpenChain};
+use crate::image::open::folder_of;
 use crate::image::{FileRole, OpenError};
-use crate::storage::host_file::{Access, HostFile};
+use crate::storage::host_file::HostFile;
+use crate::units::SECTOR_SIZE;
+
+/// Compatible feature bit of qcow2: refcounts may be behind while the disk is written.
+const LAZY_REFCOUNTS: u64 = 1;
 
 /// The command line of `addcow info`.
 #[derive(Debug, Args)]
@@ -24,12 +30,12 @@ pub struct Arguments {
     /// Which disk, and how to show it.
     #[command(flatten)]
     disk: DiskArguments,
-    /// Show the backing file too, which must then be there
+    /// Show all files that the disk stands on too, which must then be there
     #[arg(short, long)]
     backing_chain: bool,
 }
 
-/// The facts about one file of a chain; the keys are those of qemu-img.
+/// The facts about one layer of a chain; the keys are those of qemu-img.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Info {
@@ -44,30 +50,41 @@ struct Info {
     /// Bytes in a cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     cluster_size: Option<u64>,
-    /// The backing file's name as stored.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    backing_filename: Option<String>,
-    /// The backing file's name as it is looked up.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    full_backing_filename: Option<String>,
-    /// The backing file's format as stored.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    backing_filename_format: Option<String>,
-    /// Whether the disk needs repair before it is used: never, by design of the format.
+    /// Its backing file.
+    #[serde(flatten)]
+    backing: Option<BackingInfo>,
+    /// Whether the disk needs repair before it is used: never, by design of the format, and others
+    /// that do are refused.
     dirty_flag: bool,
-    /// What only add-cow has.
+    /// What only its format has.
     #[serde(skip_serializing_if = "Option::is_none")]
     format_specific: Option<FormatSpecific>,
 }
 
+/// A backing file as the layer above names it.
+#[derive(Debug, Serialize)]
+struct BackingInfo {
+    /// Its name as stored.
+    #[serde(rename = "backing-filename")]
+    name: String,
+    /// Its name as it is looked up.
+    #[serde(rename = "full-backing-filename")]
+    full_name: String,
+    /// Its format as stored.
+    #[serde(rename = "backing-filename-format", skip_serializing_if = "Option::is_none")]
+    format: Option<String>,
+}
+
 /// What only one format has.
 #[derive(Debug, Serialize)]
-struct FormatSpecific {
-    /// The format.
-    #[serde(rename = "type")]
-    kind: &'static str,
-    /// Its facts.
-    data: AddCowInfo,
+#[serde(tag = "type", content = "data")]
+enum FormatSpecific {
+    /// An add-cow file.
+    #[serde(rename = "add-cow")]
+    AddCow(AddCowInfo),
+    /// A qcow2 file.
+    #[serde(rename = "qcow2")]
+    Qcow2(Qcow2Info),
 }
 
 /// What only add-cow has.
@@ -90,34 +107,63 @@ struct AddCowInfo {
     allocated_clusters: u64,
     /// Clusters of the disk.
     total_clusters: u64,
+    /// Bytes that the add-cow file and the raw image take on their file systems.
+    overlay_actual_size: u64,
+    /// Bytes that still come from the backing chain, unless that cannot be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    left_to_stream: Option<u64>,
+    /// What else a reader should know, in words.
+    notes: Vec<String>,
+}
+
+/// What only qcow2 has; the keys are those of qemu-img.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Qcow2Info {
+    /// The version by the name that qemu-img has for it.
+    compat: &'static str,
+    /// How clusters are compressed, if they are: the only type that we read.
+    compression_type: &'static str,
+    /// Whether refcounts may be behind while the disk is written. From version 3 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    lazy_refcounts: Option<bool>,
+    /// Width of a refcount.
+    refcount_bits: u64,
+    /// The external data file's name as stored.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file: Option<String>,
+    /// Whether that file alone is a consistent raw image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_file_raw: Option<bool>,
+    /// Whether it is damaged: such files are refused. From version 3 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    corrupt: Option<bool>,
+    /// Whether it has subclusters: such files are refused. From version 3 on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    extended_l2: Option<bool>,
 }
 
 /// Shows a disk.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let path = &arguments.disk.disk;
-    let chain = match arguments.disk.format {
-        DiskFormat::Raw => {
-            let image = raw(path, OpenOptions::READ_ONLY)?;
-            vec![raw_info(&image.raw, image.state.virtual_size())?]
-        }
-        DiskFormat::AddCow => {
-            let disk = DiskFiles::open(path, Access::ReadOnly)?;
-            let mut chain = vec![add_cow_info(path, &disk)?];
-            if arguments.backing_chain
-                && let Some(backing) = disk.open_backing()?
-            {
-                let len = backing.len().map_err(size_error(&backing))?;
-                chain.push(raw_info(&backing, len)?);
-            }
-            chain
-        }
+    let (path, format) = (&arguments.disk.disk, arguments.disk.format);
+    let options = ChainOptions { locking: arguments.disk.locking(), ..ChainOptions::BUFFERED };
+    let chain = if arguments.backing_chain {
+        OpenChain::open(path, format, options)?
+    } else {
+        OpenChain::open_top(path, format, options)?
     };
+    let infos = chain.layers().iter().map(|layer| info(layer, options));
+    let mut infos = infos.collect::<Result<Vec<_>, _>>()?;
+    if let Some(top) = infos.first_mut() {
+        // What a guest sees: an image's last part of a sector is not on the disk.
+        top.virtual_size -= top.virtual_size % SECTOR_SIZE;
+    }
     print(|out| {
-        match (arguments.disk.output, chain.as_slice()) {
+        match (arguments.disk.output, infos.as_slice()) {
             (Output::Json, [info]) if !arguments.backing_chain => write_json(out, info)?,
-            (Output::Json, chain) => write_json(out, &chain)?,
-            (Output::Human, chain) => {
-                for (index, info) in chain.iter().enumerate() {
+            (Output::Json, infos) => write_json(out, &infos)?,
+            (Output::Human, infos) => {
+                for (index, info) in infos.iter().enumerate() {
                     if index > 0 {
                         writeln!(out)?;
                     }
@@ -130,55 +176,93 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Ok(0)
 }
 
-/// The facts about an add-cow disk.
-fn add_cow_info(path: &Path, disk: &DiskFiles) -> Result<Info, OpenError> {
-    let header = &disk.header;
-    let shown = |name: &Path| name.display().to_string();
-    let data = AddCowInfo {
+/// The facts about a layer. If that needs the files below it, they are opened with `options`.
+fn info(layer: &Layer, options: ChainOptions) -> Result<Info, OpenError> {
+    let (cluster_size, backing, format_specific) = match layer.details() {
+        LayerDetails::Raw => (None, None, None),
+        LayerDetails::AddCow { header, geometry, allocated } => {
+            let backing = header.backing.as_ref();
+            let backing = backing.map(|file| (file.name.as_ref(), Some(file.format.as_str())));
+            let below = Below::of(layer.path(), options);
+            let data = add_cow_info(layer, header, geometry, *allocated, below)?;
+            let size = header.cluster_size;
+            (Some(size.bytes()), backing, Some(FormatSpecific::AddCow(data)))
+        }
+        LayerDetails::Qcow2(header) => {
+            let backing = header.backing.as_ref();
+            let backing = backing.map(|file| (file.name.as_ref(), file.format.as_deref()));
+            let size = header.cluster_size;
+            (Some(size.bytes()), backing, Some(FormatSpecific::Qcow2(qcow2_info(header))))
+        }
+    };
+    Ok(Info {
+        virtual_size: layer.virtual_size(),
+        filename: shown(layer.path()),
+        format: layer.format().name(),
+        actual_size: actual_size(layer.own_file())?,
+        cluster_size,
+        backing: backing.map(|(name, format)| BackingInfo {
+            name: shown(name),
+            full_name: shown(&folder_of(layer.path()).join(name)),
+            format: format.map(str::to_owned),
+        }),
+        dirty_flag: false,
+        format_specific,
+    })
+}
+
+/// What only add-cow has.
+fn add_cow_info(
+    layer: &Layer,
+    header: &Header,
+    geometry: &BitmapGeometry,
+    allocated: u64,
+    Below { left_to_stream, notes }: Below,
+) -> Result<AddCowInfo, OpenError> {
+    let raw = layer.data_file();
+    let image_actual_size = actual_size(raw)?;
+    Ok(AddCowInfo {
         image_filename: shown(header.image.name.as_ref()),
         image_format: header.image.format.clone(),
-        full_image_filename: shown(disk.raw.path()),
-        image_actual_size: disk.raw.allocated_len().map_err(size_error(&disk.raw))?,
+        full_image_filename: shown(raw.path()),
+        image_actual_size,
         all_allocated: header.all_allocated,
         compat_features: header.compat_features,
-        allocated_clusters: disk.allocated_clusters()?,
-        total_clusters: disk.geometry.clusters(),
-    };
-    let backing = header.backing.as_ref();
-    Ok(Info {
-        virtual_size: disk.geometry.virtual_size(),
-        filename: shown(path),
-        format: "add-cow",
-        actual_size: disk.side.allocated_len().map_err(size_error(&disk.side))?,
-        cluster_size: Some(header.cluster_size.bytes()),
-        backing_filename: backing.map(|file| shown(file.name.as_ref())),
-        full_backing_filename: disk.backing_path.as_deref().map(shown),
-        backing_filename_format: backing.map(|file| file.format.clone()),
-        dirty_flag: false,
-        format_specific: Some(FormatSpecific { kind: "add-cow", data }),
+        allocated_clusters: allocated,
+        total_clusters: geometry.clusters(),
+        overlay_actual_size: actual_size(layer.own_file())?.saturating_add(image_actual_size),
+        left_to_stream,
+        notes,
     })
 }
 
-/// The facts about a raw image or a raw backing file of which a guest can see that many bytes.
-fn raw_info(file: &HostFile, virtual_size: u64) -> Result<Info, OpenError> {
-    Ok(Info {
-        virtual_size,
-        filename: file.path().display().to_string(),
-        format: RAW_FORMAT,
-        actual_size: file.allocated_len().map_err(size_error(file))?,
-        cluster_size: None,
-        backing_filename: None,
-        full_backing_filename: None,
-        backing_filename_format: None,
-        dirty_flag: false,
-        format_specific: None,
-    })
+/// What only qcow2 has.
+fn qcow2_info(header: &qcow2::Header) -> Qcow2Info {
+    let since_3 = |value| (header.version >= 3).then_some(value);
+    let data_file = header.data_file.as_ref().filter(|_| header.has_external_data());
+    Qcow2Info {
+        compat: if header.version == 2 { "0.10" } else { "1.1" },
+        compression_type: "zlib",
+        lazy_refcounts: since_3(header.compatible & LAZY_REFCOUNTS != 0),
+        refcount_bits: 1 << header.refcount_order,
+        data_file: data_file.map(|name| shown(name.as_ref())),
+        data_file_raw: data_file.map(|_| header.has_raw_data()),
+        corrupt: since_3(false),
+        extended_l2: since_3(false),
+    }
 }
 
-/// Says whose size the host did not tell.
-fn size_error(file: &HostFile) -> impl FnOnce(io::Error) -> OpenError {
-    let path = file.path().to_owned();
-    move |source| OpenError::Io { action: "get the size of", role: FileRole::Raw, path, source }
+/// A name as text.
+fn shown(name: &Path) -> String {
+    name.display().to_string()
+}
+
+/// Bytes that a file takes on its file system.
+fn actual_size(file: &HostFile) -> Result<u64, OpenError> {
+    file.allocated_len().map_err(|source| {
+        let (action, path) = ("get the size of", file.path().to_owned());
+        OpenError::Io { action, role: FileRole::Disk, path, source }
+    })
 }
 
 /// Writes the facts in words.
@@ -191,13 +275,21 @@ fn write_human(out: &mut dyn Write, info: &Info) -> io::Result<()> {
     if let Some(cluster_size) = info.cluster_size {
         writeln!(out, "cluster_size: {cluster_size}")?;
     }
-    if let (Some(name), Some(full)) = (&info.backing_filename, &info.full_backing_filename) {
-        writeln!(out, "backing file: {}", name_and_path(name, full))?;
+    if let Some(backing) = &info.backing {
+        writeln!(out, "backing file: {}", name_and_path(&backing.name, &backing.full_name))?;
+        if let Some(format) = &backing.format {
+            writeln!(out, "backing file format: {}", printable(format))?;
+        }
     }
-    if let Some(format) = &info.backing_filename_format {
-        writeln!(out, "backing file format: {}", printable(format))?;
+    match &info.format_specific {
+        None => Ok(()),
+        Some(FormatSpecific::AddCow(data)) => write_add_cow(out, data),
+        Some(FormatSpecific::Qcow2(data)) => write_qcow2(out, data),
     }
-    let Some(FormatSpecific { data, .. }) = &info.format_specific else { return Ok(()) };
+}
+
+/// Writes what only add-cow has.
+fn write_add_cow(out: &mut dyn Write, data: &AddCowInfo) -> io::Result<()> {
     writeln!(out, "Format specific information:")?;
     let image = name_and_path(&data.image_filename, &data.full_image_filename);
     writeln!(out, "    image file: {image}")?;
@@ -206,7 +298,40 @@ fn write_human(out: &mut dyn Write, info: &Info) -> io::Result<()> {
     writeln!(out, "    all allocated: {}", data.all_allocated)?;
     writeln!(out, "    compat features: {:#x}", data.compat_features)?;
     let (allocated, total) = (data.allocated_clusters, data.total_clusters);
-    writeln!(out, "    allocated clusters: {allocated} of {total}")
+    writeln!(out, "    allocated clusters: {allocated} of {total}")?;
+    writeln!(out, "    overlay disk size: {}", human_size(data.overlay_actual_size))?;
+    match data.left_to_stream {
+        Some(bytes) => writeln!(out, "    left to stream: {} ({bytes} bytes)", human_size(bytes))?,
+        None => writeln!(out, "    left to stream: unknown")?,
+    }
+    for note in &data.notes {
+        writeln!(out, "note: {}", printable(note))?;
+    }
+    Ok(())
+}
+
+/// Writes what only qcow2 has, in the words of qemu-img.
+fn write_qcow2(out: &mut dyn Write, data: &Qcow2Info) -> io::Result<()> {
+    writeln!(out, "Format specific information:")?;
+    writeln!(out, "    compat: {}", data.compat)?;
+    writeln!(out, "    compression type: {}", data.compression_type)?;
+    if let Some(lazy) = data.lazy_refcounts {
+        writeln!(out, "    lazy refcounts: {lazy}")?;
+    }
+    writeln!(out, "    refcount bits: {}", data.refcount_bits)?;
+    if let Some(name) = &data.data_file {
+        writeln!(out, "    data file: {}", printable(name))?;
+    }
+    for (name, value) in [
+        ("data file raw", data.data_file_raw),
+        ("corrupt", data.corrupt),
+        ("extended l2", data.extended_l2),
+    ] {
+        if let Some(value) = value {
+            writeln!(out, "    {name}: {value}")?;
+        }
+    }
+    Ok(())
 }
 
 /// A name as stored, and where it leads if that is somewhere else.

@@ -4,25 +4,39 @@
 //!
 //! Not here: the work itself (`image`).
 
+mod below;
 mod check;
+mod completions;
 mod create;
 mod info;
+mod man;
 mod map;
+mod picture;
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::PossibleValue;
+use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
+use super::Outcome;
+use super::manual;
 use super::output::Output;
+use crate::image::OpenError;
+use crate::image::chain::DiskFormat;
+use crate::jobs::JobError;
+use crate::storage::lock::Locking;
 
 /// The program's name in its messages.
 const PROGRAM: &str = "addcow";
 
 /// Copy-on-write disks over plain raw images.
 #[derive(Debug, Parser)]
-#[command(name = PROGRAM, version, disable_help_subcommand = true)]
+#[command(name = PROGRAM, version, disable_help_subcommand = true, max_term_width = 80,
+          subcommand_value_name = "VERB", subcommand_help_heading = "Verbs",
+          after_long_help = "See addcow VERB --help for each of them.")]
 struct Arguments {
     /// What to do.
     #[command(subcommand)]
@@ -40,6 +54,12 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Print a script that lets a shell complete command lines
+    #[command(hide = true)]
+    Completions(completions::Arguments),
+    /// Make the man pages
+    #[command(hide = true)]
+    Man(man::Arguments),
 }
 
 /// What every verb on an existing disk takes.
@@ -51,29 +71,76 @@ struct DiskArguments {
     /// How the result is shown
     #[arg(long, value_name = "FORM", default_value = "human")]
     output: Output,
-    /// Accepted for the sake of qemu-img: disks are not locked yet
+    /// Look at the disk even if it is in use: what is seen may not fit together
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// The disk: its add-cow file, or with -f raw a raw image
+    /// The disk: its add-cow file, or with -f an image of another format
     #[arg(value_name = "DISK")]
     disk: PathBuf,
 }
 
-/// The format of a disk.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DiskFormat {
-    /// An add-cow file, which names the other files.
-    AddCow,
-    /// A plain raw image.
-    Raw,
+impl DiskArguments {
+    /// Whether the disk's files are locked.
+    fn locking(&self) -> Locking {
+        if self.force_share { Locking::Off } else { Locking::On }
+    }
+}
+
+/// The names of the formats on the command line are those in headers.
+impl ValueEnum for DiskFormat {
+    fn value_variants<'a>() -> &'a [Self] {
+        &Self::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        Some(PossibleValue::new(self.name()))
+    }
+}
+
+/// The definition of the command line.
+#[must_use]
+pub fn command() -> Command {
+    Arguments::command().mut_subcommands(|verb| {
+        let examples = manual::examples(verb.get_name());
+        verb.after_long_help(examples)
+    })
 }
 
 /// Runs the tool with the arguments of its process, the program's own name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
-    super::run(PROGRAM, arguments, |arguments: Arguments| match arguments.verb {
-        Verb::Create(arguments) => create::run(arguments),
-        Verb::Info(arguments) => info::run(&arguments),
-        Verb::Check(arguments) => check::run(&arguments),
-        Verb::Map(arguments) => map::run(&arguments),
+    super::run(command(), arguments, |arguments: Arguments| {
+        let advice = arguments.verb.advice_when_in_use();
+        let outcome = match arguments.verb {
+            Verb::Create(arguments) => create::run(arguments),
+            Verb::Info(arguments) => info::run(&arguments),
+            Verb::Check(arguments) => check::run(&arguments),
+            Verb::Map(arguments) => map::run(&arguments),
+            Verb::Completions(arguments) => completions::run(&arguments),
+            Verb::Man(arguments) => man::run(&arguments),
+        };
+        outcome.or_else(|error| with_advice(error, advice))
     })
+}
+
+impl Verb {
+    /// What helps if a file of the disk is in use.
+    fn advice_when_in_use(&self) -> &'static str {
+        match self {
+            Self::Info(_) | Self::Map(_) => "-U looks at it all the same",
+            Self::Check(arguments) if !arguments.repairs() => "-U looks at it all the same",
+            _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
+        }
+    }
+}
+
+/// Adds `advice` to an error which says that a file is in use.
+fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
+    let open_error = match error.downcast_ref::<JobError>() {
+        Some(JobError::Open(error)) => Some(error),
+        _ => error.downcast_ref::<OpenError>(),
+    };
+    match open_error {
+        Some(OpenError::InUse { .. }) => Err(format!("{error} ({advice})").into()),
+        _ => Err(error),
+    }
 }

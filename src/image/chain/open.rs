@@ -1,0 +1,341 @@
+//! Opening a chain: following backing names down, layer by layer.
+//!
+//! Names and formats inside a header are somebody else's words (P6). A name is a plain path,
+//! relative to the folder of the file that holds it; a format is what the header says, and is never
+//! found out from a file's content. No file comes twice in a chain, however it is named, so that a
+//! chain has an end; and it has at most [`MAX_LAYERS`] layers.
+//!
+//! Not here: what is done with the layers (`mod`).
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::helper::Helper;
+use super::qcow2::{self, Table};
+use super::{ClusterMap, DiskFormat, Layer, LayerDetails, LayerMap, MAX_LAYERS, OpenChain};
+use crate::format::qcow2::{Backing, Header as Qcow2Header};
+use crate::format::{FileName, FileReference, Header};
+use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::open::{file_len, folder_of, io_error, lock_for, open_unlocked};
+use crate::image::{FileRole, OpenError};
+use crate::storage::Alignment;
+use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
+use crate::storage::lock::Locking;
+
+/// How the files of a chain are opened; always for reading only.
+#[derive(Debug, Clone, Copy)]
+pub struct ChainOptions {
+    /// Cache of the files with data.
+    pub cache: CacheMode,
+    /// Whether the files are locked, against those who would write to them.
+    pub locking: Locking,
+}
+
+impl ChainOptions {
+    /// Through the page cache: for the tool.
+    pub const BUFFERED: Self = Self { cache: CacheMode::Buffered, locking: Locking::On };
+}
+
+impl OpenChain {
+    /// Opens the disk `path`, and all that it stands on.
+    ///
+    /// # Errors
+    /// An [`OpenError`] that names the file.
+    pub fn open(path: &Path, format: DiskFormat, options: ChainOptions) -> Result<Self, OpenError> {
+        Opener::new(options, Vec::new(), 0).open(FileRole::Disk, path.to_owned(), format)
+    }
+
+    /// Opens the disk `path`, but not what it stands on: nothing shows through, and the backing
+    /// file need not be there.
+    ///
+    /// # Errors
+    /// As [`OpenChain::open`].
+    pub fn open_top(
+        path: &Path,
+        format: DiskFormat,
+        options: ChainOptions,
+    ) -> Result<Self, OpenError> {
+        let mut opener = Opener::new(options, Vec::new(), 0);
+        opener.layer(FileRole::Disk, path.to_owned(), format)?;
+        Ok(Self { layers: opener.layers })
+    }
+
+    /// The same for what is to be the backing file of a disk: there is room for one more layer.
+    ///
+    /// # Errors
+    /// As [`OpenChain::open`].
+    pub fn open_backing(
+        path: &Path,
+        format: DiskFormat,
+        options: ChainOptions,
+    ) -> Result<Self, OpenError> {
+        Opener::new(options, Vec::new(), 1).open(FileRole::Backing, path.to_owned(), format)
+    }
+
+    /// Opens what stands below an add-cow disk whose own files are `files`; `None` if it has no
+    /// backing file or does not need it.
+    ///
+    /// # Errors
+    /// As [`OpenChain::open`].
+    pub fn below(
+        header: &Header,
+        folder: &Path,
+        options: ChainOptions,
+        files: &[(FileRole, &HostFile)],
+    ) -> Result<Option<Self>, OpenError> {
+        let Some(reference) = needed_backing(header) else { return Ok(None) };
+        let (path, format) = resolve(reference, folder)?;
+        let taken = files.iter().map(|(role, file)| Taken::new(*role, file)).collect();
+        Opener::new(options, taken, 1).open(FileRole::Backing, path, format).map(Some)
+    }
+}
+
+/// The backing file of an add-cow disk, if it has one and needs it.
+fn needed_backing(header: &Header) -> Option<&FileReference> {
+    header.backing.as_ref().filter(|_| !header.all_allocated)
+}
+
+/// Where a reference to a backing file leads, and its format.
+///
+/// # Errors
+/// `UnsupportedFormat`.
+pub fn resolve(
+    reference: &FileReference,
+    folder: &Path,
+) -> Result<(PathBuf, DiskFormat), OpenError> {
+    let path = reference.name.resolve(folder);
+    match DiskFormat::from_name(&reference.format) {
+        Some(format) => Ok((path, format)),
+        None => Err(OpenError::UnsupportedFormat {
+            role: FileRole::Backing,
+            path,
+            format: reference.format.clone(),
+            supported: DiskFormat::NAMES,
+        }),
+    }
+}
+
+/// A file that the disk uses already.
+#[derive(Debug)]
+struct Taken {
+    /// As what.
+    role: FileRole,
+    /// Its name.
+    path: PathBuf,
+    /// Who it is.
+    identity: FileIdentity,
+}
+
+impl Taken {
+    /// Remembers `file`.
+    fn new(role: FileRole, file: &HostFile) -> Self {
+        Self { role, path: file.path().to_owned(), identity: file.identity() }
+    }
+}
+
+/// A chain being opened.
+#[derive(Debug)]
+struct Opener {
+    /// How.
+    options: ChainOptions,
+    /// The files used so far, those of the layers above the chain too.
+    taken: Vec<Taken>,
+    /// How many layers there are above the chain.
+    above: usize,
+    /// The layers so far.
+    layers: Vec<Layer>,
+    /// The thread that reads tables, once a layer needs it.
+    helper: Option<Arc<Helper>>,
+}
+
+impl Opener {
+    /// Nothing is open yet; `taken` are the files of the layers above.
+    fn new(options: ChainOptions, taken: Vec<Taken>, above: usize) -> Self {
+        Self { options, taken, above, layers: Vec::new(), helper: None }
+    }
+
+    /// Opens `path` and everything below it.
+    fn open(
+        mut self,
+        role: FileRole,
+        path: PathBuf,
+        format: DiskFormat,
+    ) -> Result<OpenChain, OpenError> {
+        let mut next = Some((role, path, format));
+        while let Some((role, path, format)) = next {
+            if self.above + self.layers.len() == MAX_LAYERS {
+                return Err(OpenError::ChainTooLong { path, max: MAX_LAYERS });
+            }
+            let below = self.layer(role, path, format)?.resolve()?;
+            next = below.map(|(path, format)| (FileRole::Backing, path, format));
+        }
+        Ok(OpenChain { layers: self.layers })
+    }
+
+    /// Adds one layer. Returns what its header says is below.
+    fn layer(
+        &mut self,
+        role: FileRole,
+        path: PathBuf,
+        format: DiskFormat,
+    ) -> Result<Below, OpenError> {
+        match format {
+            DiskFormat::Raw => self.raw(role, path),
+            DiskFormat::AddCow => self.add_cow(role, path),
+            DiskFormat::Qcow2 => self.qcow2(role, path),
+        }
+    }
+
+    /// Opens one file, notes that it is used, and locks it.
+    fn open_file(&mut self, role: FileRole, path: &Path) -> Result<Arc<HostFile>, OpenError> {
+        let file = open_unlocked(role, path, Access::ReadOnly, self.options.cache)?;
+        // Before it is locked: a file that comes twice would be in the way of itself.
+        self.take(role, &file)?;
+        lock_for(role, &file, Access::ReadOnly, self.options.locking)?;
+        Ok(file)
+    }
+
+    /// Adds a raw image. Nothing is below it.
+    fn raw(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let file = self.open_file(role, &path)?;
+        let below = Below { path: path.clone(), backing: None };
+        self.layers.push(Layer {
+            role,
+            format: DiskFormat::Raw,
+            virtual_size: file_len(role, &file)?,
+            files: vec![file],
+            side: None,
+            details: LayerDetails::Raw,
+            map: LayerMap::Raw,
+            path,
+        });
+        Ok(below)
+    }
+
+    /// Adds an add-cow disk.
+    fn add_cow(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let ChainOptions { cache, locking } = self.options;
+        let access = DiskAccess { cache, locking, ..DiskAccess::READ };
+        let disk = DiskFiles::open_checked(&path, access, |file_role, file| {
+            let is_backing = file_role == FileRole::Side && role != FileRole::Disk;
+            self.take(if is_backing { role } else { file_role }, file)
+        })?;
+        let backing = needed_backing(&disk.header).cloned();
+        let backing = backing.map(|FileReference { name, format }| (name, Some(format)));
+        let below = Below { path: path.clone(), backing };
+        let allocation = disk.allocation()?;
+        let details = LayerDetails::AddCow {
+            header: disk.header.clone(),
+            geometry: disk.geometry,
+            allocated: allocation.count().unwrap_or(disk.geometry.clusters()),
+        };
+        let map = ClusterMap { cluster_size: disk.header.cluster_size, allocation };
+        self.layers.push(Layer {
+            path,
+            role,
+            format: DiskFormat::AddCow,
+            virtual_size: disk.geometry.virtual_size(),
+            files: vec![disk.raw],
+            side: Some(disk.side),
+            details,
+            map: LayerMap::AddCow(Arc::new(map)),
+        });
+        Ok(below)
+    }
+
+    /// Adds a qcow2 file.
+    fn qcow2(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let file = self.open_file(role, &path)?;
+        let refused = |source| OpenError::Qcow2 { path: path.clone(), source };
+        let header = qcow2::header(&file).map_err(io_error("read", role, &path))?;
+        let header = header.map_err(refused)?;
+        let folder = folder_of(&path);
+        let mut files = vec![file];
+        if let Some(name) = header.external_data().map_err(refused)? {
+            files.push(self.open_file(FileRole::Data, &name.resolve(folder))?);
+        }
+        let backing = header.backing.clone().map(|Backing { name, format }| (name, format));
+        let below = Below { path: path.clone(), backing };
+        let table = self.qcow2_table(&files, &header).map_err(io_error("read", role, &path))?;
+        self.layers.push(Layer {
+            role,
+            format: DiskFormat::Qcow2,
+            virtual_size: header.virtual_size(),
+            files,
+            side: None,
+            details: LayerDetails::Qcow2(Box::new(header)),
+            map: LayerMap::Qcow2(Arc::new(table)),
+            path,
+        });
+        Ok(below)
+    }
+
+    /// Makes the table of a qcow2 file, and the thread that looks things up in it.
+    fn qcow2_table(&mut self, files: &[Arc<HostFile>], header: &Qcow2Header) -> io::Result<Table> {
+        let mut buffered = Vec::new();
+        for file in files {
+            // Tables and compressed clusters lie at any offset, and are read in small pieces.
+            let again = || HostFile::open(file.path(), Access::ReadOnly, CacheMode::Buffered);
+            buffered.push(match file.alignment() {
+                Alignment::NONE => Arc::clone(file),
+                _ => Arc::new(again().and_then(|again| same_file(file, again))?),
+            });
+        }
+        let helper = match &self.helper {
+            Some(helper) => Arc::clone(helper),
+            None => Arc::clone(self.helper.insert(Arc::new(Helper::start()?))),
+        };
+        let (metadata, data) = (&buffered[0], buffered.get(1).map(|file| &**file));
+        Table::open(metadata, data, header, helper)
+    }
+
+    /// Notes that `file` is used; refuses one that is used already.
+    fn take(&mut self, role: FileRole, file: &HostFile) -> Result<(), OpenError> {
+        let new = Taken::new(role, file);
+        match self.taken.iter().find(|old| old.identity == new.identity) {
+            Some(old) if old.role == role => Err(OpenError::Cycle { role, path: new.path }),
+            Some(old) => Err(OpenError::SameFile {
+                first: role,
+                first_path: new.path,
+                second: old.role,
+                second_path: old.path.clone(),
+            }),
+            None => {
+                self.taken.push(new);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// `again`, if it is the file that `first` is: its name may lead elsewhere by now.
+fn same_file(first: &HostFile, again: HostFile) -> io::Result<HostFile> {
+    if first.identity() == again.identity() {
+        Ok(again)
+    } else {
+        Err(io::Error::other("it was replaced while it was opened"))
+    }
+}
+
+/// What a header says is below its layer.
+#[derive(Debug)]
+struct Below {
+    /// The file that says so.
+    path: PathBuf,
+    /// Name and format of the backing file, if there is one and it is needed.
+    backing: Option<(FileName, Option<String>)>,
+}
+
+impl Below {
+    /// Path and format of the backing file.
+    fn resolve(self) -> Result<Option<(PathBuf, DiskFormat)>, OpenError> {
+        let Some((name, format)) = self.backing else { return Ok(None) };
+        let folder = folder_of(&self.path);
+        let Some(format) = format else {
+            let backing = name.resolve(folder);
+            return Err(OpenError::BackingFormatMissing { path: self.path, backing });
+        };
+        resolve(&FileReference { name, format }, folder).map(Some)
+    }
+}
