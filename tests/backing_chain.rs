@@ -2,7 +2,7 @@
 //!
 //! Real images made by qemu-img, read as a chain and byte-compared with what `qemu-img convert`
 //! makes of them; and the daemon serving an overlay over such a chain. Damaged files are in
-//! `chain_damage.rs`, chains of overlays alone in `tool/chain.cmd`.
+//! `backing_damage.rs`, chains of overlays alone in `tool/chain.cmd`.
 
 mod common;
 #[path = "common/qemu.rs"]

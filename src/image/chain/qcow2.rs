@@ -38,8 +38,9 @@ use crate::units::{ByteRange, ClusterSize};
 /// The most clusters of a region: 32 MiB of disk with clusters of 64 KiB.
 const REGION_CLUSTERS: u64 = 512;
 
-/// The most runs that are kept for a chain: 8 MiB of memory, at [`RUN_LEN`] bytes each. A disk that was written
-/// from front to back has a few runs per region, one written at random up to one per cluster.
+/// The most runs that are kept for a chain: 8 MiB of memory, at [`RUN_LEN`] bytes each. A disk that
+/// was written from front to back has a few runs per region, one written at random up to one per
+/// cluster.
 const REGIONS_BOUND: u64 = (8 << 20) / RUN_LEN;
 
 /// Bytes of a run in memory.
@@ -48,7 +49,8 @@ const RUN_LEN: u64 = size_of::<Run>() as u64;
 /// What a region costs besides its runs, counted in runs.
 const REGION_OVERHEAD: u64 = 4;
 
-/// The most bytes of inflated clusters that are kept for a chain: 256 clusters of 64 KiB, or 8 of 2 MiB.
+/// The most bytes of inflated clusters that are kept for a chain: 256 clusters of 64 KiB, or 8 of
+/// 2 MiB.
 const CLUSTERS_BOUND: u64 = 16 << 20;
 
 /// What the qcow2 layers of a chain have in common.
