@@ -67,24 +67,18 @@ pub fn printable(text: &str) -> String {
 #[must_use]
 pub fn human_size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
-    // In thousandths, so that three digits can be cut out of it: 2^64 * 1000 fits in 128 bits.
-    let thousandths = |unit: usize| {
+    // `bytes` in a unit, with so many decimals and no point: 2^64 * 1000 fits in 128 bits. Rounded
+    // once, from the exact number.
+    let rounded = |unit: usize, decimals: u32| {
         let one = 1_u128 << (10 * unit);
-        (u128::from(bytes) * 1000 + one / 2) / one
+        (u128::from(bytes) * 10_u128.pow(decimals) + one / 2) / one
     };
     // 1000 to 1023 of a unit have four digits: the next unit shows them with three.
-    let unit = (0..UNITS.len() - 1).find(|&unit| thousandths(unit) < 999_500);
+    let unit = (0..UNITS.len() - 1).find(|&unit| rounded(unit, 0) < 1000);
     let unit = unit.unwrap_or(UNITS.len() - 1);
-    let thousandths = thousandths(unit);
-    let decimals = match thousandths {
-        100_000.. => 0,
-        10_000.. => 1,
-        1_000.. => 2,
-        _ => 3,
-    };
-    let step = 10_u128.pow(3 - decimals);
-    let rounded = (thousandths + step / 2) / step * step;
-    let text = format!("{}.{:03}", rounded / 1000, rounded % 1000);
+    let decimals = (1..=3).rev().find(|&decimals| rounded(unit, decimals) < 1000).unwrap_or(0);
+    let thousandths = rounded(unit, decimals) * 10_u128.pow(3 - decimals);
+    let text = format!("{}.{:03}", thousandths / 1000, thousandths % 1000);
     let text = text.trim_end_matches('0').trim_end_matches('.');
     format!("{text} {}", UNITS[unit])
 }
@@ -125,6 +119,7 @@ mod tests {
             (1000 << 10, "0.977 MiB"),
             ((8 << 30) + 512, "8 GiB"),
             (12_345_678, "11.8 MiB"),
+            (1_536_000, "1.46 MiB"),
             (u64::MAX, "16 EiB"),
         ];
         for (bytes, text) in rows {

@@ -7,13 +7,14 @@
 //! Not here: loading what is missing.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::RwLock;
 
-/// Values by number, shared by all threads.
+/// Values by key, shared by all threads.
 #[derive(Debug)]
-pub struct Cache<V> {
+pub struct Cache<K, V> {
     /// The entries.
-    generations: RwLock<Generations<V>>,
+    generations: RwLock<Generations<K, V>>,
     /// The most that one generation may weigh; the whole cache twice that. A single entry may be
     /// heavier.
     half: u64,
@@ -21,20 +22,20 @@ pub struct Cache<V> {
 
 /// The entries of a cache.
 #[derive(Debug)]
-struct Generations<V> {
+struct Generations<K, V> {
     /// Those added or asked for since the generations changed, each with its weight.
-    young: HashMap<u64, (V, u64)>,
+    young: HashMap<K, (V, u64)>,
     /// Those before.
-    old: HashMap<u64, (V, u64)>,
+    old: HashMap<K, (V, u64)>,
     /// What the young ones weigh.
     weight: u64,
 }
 
-impl<V> Generations<V> {
+impl<K: Copy + Eq + Hash, V> Generations<K, V> {
     /// Adds an entry to the young ones. Returns what is to be forgotten: freeing it may take a
     /// while, and needs no lock.
     #[must_use]
-    fn add(&mut self, key: u64, value: V, weight: u64, half: u64) -> HashMap<u64, (V, u64)> {
+    fn add(&mut self, key: K, value: V, weight: u64, half: u64) -> HashMap<K, (V, u64)> {
         let mut forgotten = HashMap::new();
         if self.weight.saturating_add(weight) > half && !self.young.is_empty() {
             let young = std::mem::take(&mut self.young);
@@ -47,7 +48,7 @@ impl<V> Generations<V> {
     }
 }
 
-impl<V> Cache<V> {
+impl<K: Copy + Eq + Hash, V> Cache<K, V> {
     /// An empty cache that holds entries up to `bound`, in whatever unit their weights have.
     #[must_use]
     pub fn new(bound: u64) -> Self {
@@ -57,7 +58,7 @@ impl<V> Cache<V> {
 
     /// What `look` makes of the entry `key`, if there is one. `look` runs under a lock: it must be
     /// short, and not use the cache.
-    pub fn get<R>(&self, key: u64, look: impl FnOnce(&V) -> R) -> Option<R> {
+    pub fn get<R>(&self, key: K, look: impl FnOnce(&V) -> R) -> Option<R> {
         let generations = self.generations.read().expect("no panic while held");
         if let Some((value, _)) = generations.young.get(&key) {
             return Some(look(value));
@@ -76,7 +77,7 @@ impl<V> Cache<V> {
     }
 
     /// Adds an entry of that weight, or replaces it.
-    pub fn insert(&self, key: u64, value: V, weight: u64) {
+    pub fn insert(&self, key: K, value: V, weight: u64) {
         let mut generations = self.generations.write().expect("no panic while held");
         let forgotten = generations.add(key, value, weight, self.half);
         drop(generations);

@@ -11,8 +11,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::helper::Helper;
-use super::qcow2::{self, Table};
+use super::qcow2::{self, Shared, Table};
 use super::{ClusterMap, DiskFormat, Layer, LayerDetails, LayerMap, MAX_LAYERS, OpenChain};
 use crate::format::qcow2::{Backing, Header as Qcow2Header};
 use crate::format::{FileName, FileReference, Header};
@@ -145,14 +144,14 @@ struct Opener {
     above: usize,
     /// The layers so far.
     layers: Vec<Layer>,
-    /// The thread that reads tables, once a layer needs it.
-    helper: Option<Arc<Helper>>,
+    /// What the qcow2 layers share, once there is one.
+    qcow2: Option<Arc<Shared>>,
 }
 
 impl Opener {
     /// Nothing is open yet; `taken` are the files of the layers above.
     fn new(options: ChainOptions, taken: Vec<Taken>, above: usize) -> Self {
-        Self { options, taken, above, layers: Vec::new(), helper: None }
+        Self { options, taken, above, layers: Vec::new(), qcow2: None }
     }
 
     /// Opens `path` and everything below it.
@@ -282,12 +281,12 @@ impl Opener {
                 _ => Arc::new(again().and_then(|again| same_file(file, again))?),
             });
         }
-        let helper = match &self.helper {
-            Some(helper) => Arc::clone(helper),
-            None => Arc::clone(self.helper.insert(Arc::new(Helper::start()?))),
+        let shared = match &self.qcow2 {
+            Some(shared) => Arc::clone(shared),
+            None => Arc::clone(self.qcow2.insert(Arc::new(Shared::new()?))),
         };
         let (metadata, data) = (&buffered[0], buffered.get(1).map(|file| &**file));
-        Table::open(metadata, data, header, helper)
+        Table::open(metadata, data, header, self.layers.len(), shared)
     }
 
     /// Notes that `file` is used; refuses one that is used already.

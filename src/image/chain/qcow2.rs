@@ -6,10 +6,11 @@
 //! data file. Clusters that are stored as they are, it never touches: they go from the file to the
 //! request through the queue's own engine, as everything else does.
 //!
-//! imago blocks, so it is asked only on the chain's [`Helper`]. Its answers are kept, a region of
-//! the disk at a time ([`REGIONS_BOUND`]), and so are inflated clusters ([`CLUSTERS_BOUND`]), since
-//! imago inflates a whole cluster whatever part of it is wanted. Besides, imago itself holds the L1
-//! table and up to 128 L2 tables of a cluster each.
+//! imago blocks, so it is asked only on a [`Helper`], one for all qcow2 layers of a chain. Its
+//! answers are kept, a region of the disk at a time ([`REGIONS_BOUND`]), and so are inflated
+//! clusters ([`CLUSTERS_BOUND`]), since imago inflates a whole cluster whatever part of it is
+//! wanted. Besides, imago itself holds each layer's L1 table and up to 128 of its L2 tables, which
+//! have a cluster each.
 //!
 //! Relies on nobody writing to the file while it is a backing file: tables are not read again.
 //!
@@ -37,8 +38,9 @@ use crate::units::{ByteRange, ClusterSize};
 /// The most clusters of a region: 32 MiB of disk with clusters of 64 KiB.
 const REGION_CLUSTERS: u64 = 512;
 
-/// The most runs that are kept: 8 MiB of memory, at [`RUN_LEN`] bytes each. A disk that was written
-/// from front to back has a few runs per region, one written at random up to one per cluster.
+/// The most runs that are kept for a chain: 8 MiB of memory, at [`RUN_LEN`] bytes each. A disk that
+/// was written from front to back has a few runs per region, one written at random up to one per
+/// cluster.
 const REGIONS_BOUND: u64 = (8 << 20) / RUN_LEN;
 
 /// Bytes of a run in memory.
@@ -47,16 +49,44 @@ const RUN_LEN: u64 = size_of::<Run>() as u64;
 /// What a region costs besides its runs, counted in runs.
 const REGION_OVERHEAD: u64 = 4;
 
-/// The most bytes of inflated clusters that are kept: 256 clusters of 64 KiB, or 8 of 2 MiB.
+/// The most bytes of inflated clusters that are kept for a chain: 256 clusters of 64 KiB, or 8 of
+/// 2 MiB.
 const CLUSTERS_BOUND: u64 = 16 << 20;
+
+/// What the qcow2 layers of a chain have in common.
+#[derive(Debug)]
+pub struct Shared {
+    /// The thread that may ask imago.
+    helper: Helper,
+    /// The regions looked up lately, by layer and number.
+    regions: Cache<(usize, u64), Region>,
+    /// The compressed clusters read lately, inflated, by layer and number.
+    clusters: Cache<(usize, u64), Arc<Vec<u8>>>,
+}
+
+impl Shared {
+    /// Starts the thread. Nothing is known yet.
+    ///
+    /// # Errors
+    /// That the host has no thread for us.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self {
+            helper: Helper::start()?,
+            regions: Cache::new(REGIONS_BOUND),
+            clusters: Cache::new(CLUSTERS_BOUND),
+        })
+    }
+}
 
 /// Where the bytes of one qcow2 file are. Shared by all threads.
 #[derive(Debug)]
 pub struct Table {
     /// imago's view of the file.
     image: Qcow2<File>,
-    /// The thread that may ask it.
-    helper: Arc<Helper>,
+    /// What this layer shares with the others of its chain.
+    shared: Arc<Shared>,
+    /// Its number in the chain.
+    layer: usize,
     /// Virtual size in bytes.
     size: u64,
     /// Size of a cluster.
@@ -65,10 +95,6 @@ pub struct Table {
     external: bool,
     /// Bytes in a region: a power of two, and within the reach of one L2 table.
     region_len: u64,
-    /// The regions looked up lately, by number.
-    regions: Cache<Region>,
-    /// The compressed clusters read lately, inflated, by number.
-    clusters: Cache<Arc<Vec<u8>>>,
 }
 
 /// Where the bytes of one part of the disk are.
@@ -141,8 +167,9 @@ pub fn header(file: &Arc<HostFile>) -> io::Result<Result<Header, Qcow2Error>> {
 }
 
 impl Table {
-    /// The table of the file `metadata` with that header, which has passed its checks. `data` is
-    /// the external data file, if it has one. Both are open through the page cache.
+    /// The table of the file `metadata` with that header, which has passed its checks, as layer
+    /// `layer` of its chain. `data` is the external data file, if it has one. Both are open through
+    /// the page cache.
     ///
     /// # Errors
     /// What the host or imago said.
@@ -150,7 +177,8 @@ impl Table {
         metadata: &HostFile,
         data: Option<&HostFile>,
         header: &Header,
-        helper: Arc<Helper>,
+        layer: usize,
+        shared: Arc<Shared>,
     ) -> io::Result<Self> {
         // Neither asks for direct I/O: imago then takes the file as it is, without trying out what
         // it can do.
@@ -168,13 +196,12 @@ impl Table {
         let cluster_size = header.cluster_size;
         Ok(Self {
             image,
-            helper,
+            shared,
+            layer,
             size: header.virtual_size(),
             cluster_size,
             external,
             region_len: header.l2_reach().min(REGION_CLUSTERS * cluster_size.bytes()),
-            regions: Cache::new(REGIONS_BOUND),
-            clusters: Cache::new(CLUSTERS_BOUND),
         })
     }
 
@@ -193,13 +220,15 @@ impl Table {
             return Ok(piece);
         }
         let table = Arc::clone(self);
-        self.helper.run(move || table.look_up(range)).await?
+        self.shared.helper.run(move || table.look_up(range)).await?
     }
 
     /// What is kept about the first bytes of `range`.
     fn known(&self, range: ByteRange) -> Option<LayerPiece> {
         let number = range.start() / self.region_len;
-        self.regions.get(number, |region| region.first(range, self.data_file()))
+        self.shared
+            .regions
+            .get((self.layer, number), |region| region.first(range, self.data_file()))
     }
 
     /// The same as [`Table::first`], on the helper.
@@ -223,7 +252,7 @@ impl Table {
         };
         let piece = region.first(range, self.data_file());
         let weight = region.runs.len() as u64 + REGION_OVERHEAD;
-        self.regions.insert(number, region, weight);
+        self.shared.regions.insert((self.layer, number), region, weight);
         Ok(piece)
     }
 
@@ -298,23 +327,27 @@ impl Table {
 
     /// The bytes of a compressed cluster.
     async fn inflated(self: &Arc<Self>, cluster: u64) -> io::Result<Arc<Vec<u8>>> {
-        if let Some(bytes) = self.clusters.get(cluster, Arc::clone) {
+        if let Some(bytes) = self.shared.clusters.get((self.layer, cluster), Arc::clone) {
             return Ok(bytes);
         }
         let table = Arc::clone(self);
-        self.helper.run(move || table.inflate(cluster)).await?
+        self.shared.helper.run(move || table.inflate(cluster)).await?
     }
 
     /// The same as [`Table::inflated`], on the helper.
     fn inflate(&self, cluster: u64) -> io::Result<Arc<Vec<u8>>> {
-        if let Some(bytes) = self.clusters.get(cluster, Arc::clone) {
+        if let Some(bytes) = self.shared.clusters.get((self.layer, cluster), Arc::clone) {
             return Ok(bytes);
         }
         let len = usize::try_from(self.cluster_size.bytes()).map_err(io::Error::other)?;
         let mut bytes = vec![0; len];
         self.image.readv_special((&mut bytes).into(), self.cluster_size.start_of(cluster))?;
         let bytes = Arc::new(bytes);
-        self.clusters.insert(cluster, Arc::clone(&bytes), self.cluster_size.bytes());
+        self.shared.clusters.insert(
+            (self.layer, cluster),
+            Arc::clone(&bytes),
+            self.cluster_size.bytes(),
+        );
         Ok(bytes)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Seeded mutations of headers and tables of real images: opening and reading must end soon, with
 //! data or with an error, whatever the bytes are; and must never leave the image's own files.
-//! Sound images are in `chain.rs`.
+//! Sound images are in `backing_chain.rs`.
 
 #[path = "common/qemu.rs"]
 mod qemu;
