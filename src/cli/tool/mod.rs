@@ -4,10 +4,12 @@
 //!
 //! Not here: the work itself (`image`).
 
+mod adopt;
 mod below;
 mod check;
 mod completions;
 mod create;
+mod export;
 mod info;
 mod man;
 mod map;
@@ -54,6 +56,10 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Make an add-cow disk of a qcow2 file with an external data file, copying nothing
+    Adopt(adopt::Arguments),
+    /// Make a qcow2 file over the raw image of a disk, copying nothing
+    Export(export::Arguments),
     /// Print a script that lets a shell complete command lines
     #[command(hide = true)]
     Completions(completions::Arguments),
@@ -115,6 +121,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Info(arguments) => info::run(&arguments),
             Verb::Check(arguments) => check::run(&arguments),
             Verb::Map(arguments) => map::run(&arguments),
+            Verb::Adopt(arguments) => adopt::run(arguments),
+            Verb::Export(arguments) => export::run(arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
             Verb::Man(arguments) => man::run(&arguments),
         };

@@ -115,11 +115,16 @@ impl Layout {
 
     /// The entries of the refcount table that are not 0: where each block is.
     pub fn refcount_table(&self) -> impl Iterator<Item = u64> + '_ {
-        let first = self.first_block();
-        (0..self.refcount_blocks).map(move |index| {
-            let offset = self.cluster_size.start_of(first.saturating_add(index));
-            TableEntry { offset: Some(offset), copied: false }.encode()
+        (0..self.refcount_blocks).map(|index| {
+            let offset = Some(self.refcount_block_offset(index));
+            TableEntry { offset, copied: false }.encode()
         })
+    }
+
+    /// Where refcount block `index` is.
+    #[must_use]
+    pub fn refcount_block_offset(&self, index: u64) -> u64 {
+        self.cluster_size.start_of(self.first_block().saturating_add(index))
     }
 
     /// How many refcounts of block `index` are 1; those behind them are 0.
