@@ -30,9 +30,11 @@ use crate::format::header::MIN_WRITTEN_CLUSTER_BITS;
 use crate::format::qcow2::Header as Qcow2Header;
 use crate::format::qcow2::header::PREFIX_LEN;
 use crate::format::{BitmapGeometry, FileReference, FileRole, Header};
+use crate::image::chain::open::resolve;
+use crate::image::chain::{ChainOptions, OpenChain};
 use crate::image::open::{RAW_FORMAT, folder_of};
 use crate::jobs::progress::{Interrupted, Progress};
-use crate::jobs::qcow2::takeover::{Takeover, TakeoverError};
+use crate::jobs::qcow2::takeover::{Changed, Takeover, TakeoverError};
 use crate::jobs::qcow2::walk::{WalkError, states};
 use crate::jobs::qcow2::{ForeignError, absolute_name, io_error, move_name, name_beside};
 use crate::storage::file::FileStorage;
@@ -72,8 +74,8 @@ pub struct Adopted {
     pub geometry: BitmapGeometry,
     /// How many clusters are allocated.
     pub allocated: u64,
-    /// How many bytes of the data file were zeroed.
-    pub zeroed: u64,
+    /// What was changed in the data file.
+    pub changed: Changed,
 }
 
 /// Makes an add-cow disk of a qcow2 file.
@@ -97,10 +99,12 @@ pub fn from_qcow2(
     let new = NewFile::create(&options.new).map_err(io_error("create", NEW, &options.new))?;
     let side = FileStorage::new(Arc::clone(new.file()));
     let data = FileStorage::new(Arc::clone(&source.data));
-    let zeroed = block_on(takeover.carry_out(&data, &side, progress)).map_err(fail)?;
+    let backing = source.backing.as_ref().map(|chain| chain.handle(FileStorage::new));
+    let done = takeover.carry_out(&data, &side, backing.as_ref(), progress);
+    let changed = block_on(done).map_err(fail)?;
     new.publish(options.force).map_err(io_error("name", NEW, &options.new))?;
     let (geometry, allocated) = (*takeover.geometry(), takeover.allocated());
-    Ok(Adopted { header, geometry, allocated, zeroed })
+    Ok(Adopted { header, geometry, allocated, changed })
 }
 
 /// A watcher for a part of the work that is not counted: it can be interrupted only.
@@ -120,6 +124,8 @@ struct Source {
     header: Qcow2Header,
     /// The data file, open for writing.
     data: Arc<HostFile>,
+    /// What the disk shows where it has nothing.
+    backing: Option<OpenChain>,
 }
 
 impl Source {
@@ -134,15 +140,15 @@ impl Source {
         header.check_readable().map_err(bad_header)?;
         check_kind(options, &header)?;
         let data = open_data(options, &header)?;
-        let backing = header.backing.as_ref().map(|b| b.name.resolve(folder_of(path)));
-        let backing = backing.map(|path| open(BACKING, &path, Access::ReadOnly)).transpose()?;
+        let backing = open_backing(options, &header)?;
         // One that cannot be opened is none of the others, which were.
         let new = HostFile::open(&options.new, Access::ReadOnly, CacheMode::Buffered).ok();
         let mut files = vec![(QCOW2, &*qcow2), (DATA, &*data)];
-        files.extend(backing.as_deref().map(|file| (BACKING, file)));
+        let layers = backing.iter().flat_map(OpenChain::layers);
+        files.extend(layers.flat_map(|layer| layer.files()).map(|file| (BACKING, &**file)));
         files.extend(new.as_ref().map(|file| (NEW, file)));
         check_distinct(options, &files)?;
-        let source = Self { qcow2, header, data };
+        let source = Self { qcow2, header, data, backing };
         source.check_length(options)?;
         Ok(source)
     }
@@ -181,12 +187,11 @@ impl Source {
             None => absolute_name(new, FileRole::Image, self.data.path())?,
         };
         let raw = || RAW_FORMAT.to_owned();
-        let backing = match &self.header.backing {
-            Some(backing) => Some(FileReference {
-                name: move_name(new, folder, FileRole::Backing, &backing.name)?,
-                // `check_kind` has seen that there is one.
-                format: backing.format.clone().unwrap_or_else(raw),
-            }),
+        let backing = match backing_of(&self.header) {
+            Some(FileReference { name, format }) => {
+                let name = move_name(new, folder, FileRole::Backing, &name)?;
+                Some(FileReference { name, format })
+            }
             None => None,
         };
         Ok(Header {
@@ -264,6 +269,22 @@ fn open_data(options: &AdoptOptions, header: &Qcow2Header) -> Result<Arc<HostFil
     }
 }
 
+/// The backing file and its format; `None` without one. A file without a format has been refused.
+fn backing_of(header: &Qcow2Header) -> Option<FileReference> {
+    let backing = header.backing.as_ref()?;
+    Some(FileReference { name: backing.name.clone(), format: backing.format.clone()? })
+}
+
+/// Opens what the disk shows where it has nothing.
+fn open_backing(
+    options: &AdoptOptions,
+    header: &Qcow2Header,
+) -> Result<Option<OpenChain>, ForeignError> {
+    let Some(reference) = backing_of(header) else { return Ok(None) };
+    let (path, format) = resolve(&reference, folder_of(&options.qcow2))?;
+    Ok(Some(OpenChain::open_backing(&path, format, ChainOptions::BUFFERED)?))
+}
+
 /// Opens a file.
 fn open(what: &'static str, path: &Path, access: Access) -> Result<Arc<HostFile>, ForeignError> {
     let file = HostFile::open(path, access, CacheMode::Buffered);
@@ -321,6 +342,7 @@ fn takeover_error(options: &AdoptOptions, data: &HostFile, error: TakeoverError)
         TakeoverError::Data(action, error) => io_error(action, DATA, data.path())(error),
         TakeoverError::New(error) => io_error("write", NEW, &options.new)(error),
         TakeoverError::Interrupted(interrupted) => interrupted.into(),
+        TakeoverError::Backing(error) => error.into(),
         TakeoverError::Header(source) => ForeignError::Name { path: options.new.clone(), source },
         other => refused(options, other.to_string()),
     }

@@ -18,6 +18,7 @@ use crate::format::FileRole;
 use crate::format::qcow2::header::{EXTERNAL_DATA, RAW_EXTERNAL_DATA};
 use crate::format::qcow2::layout::REFCOUNT_ORDER;
 use crate::format::qcow2::{Backing, Header};
+use crate::image::chain::OpenChain;
 use crate::image::open::{OpenImage, OpenOptions, add_cow, folder_of};
 use crate::jobs::progress::Progress;
 use crate::jobs::qcow2::tables::{Tables, WriteError};
@@ -87,8 +88,9 @@ fn check_out(options: &ExportOptions, disk: &OpenImage) -> Result<(), ForeignErr
     let out = &options.out;
     // One that cannot be opened is none of the disk's, which were.
     if let Ok(existing) = HostFile::open(out, Access::ReadOnly, CacheMode::Buffered) {
-        let own = [Some(&disk.raw), disk.side.as_ref(), disk.backing.as_ref()];
-        if own.into_iter().flatten().any(|file| file.identity() == existing.identity()) {
+        let layers = disk.backing.iter().flat_map(OpenChain::layers);
+        let mut own = layers.flat_map(|layer| layer.files()).chain([&disk.raw]).chain(&disk.side);
+        if own.any(|file| file.identity() == existing.identity()) {
             return Err(refused(options, format!("'{}' is one of its files", out.display())));
         }
     }

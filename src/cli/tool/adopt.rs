@@ -54,7 +54,7 @@ pub fn run(arguments: Arguments) -> Outcome {
 
 /// The line that says what was made.
 fn summary(options: &AdoptOptions, adopted: &Adopted) -> String {
-    let Adopted { header, geometry, allocated, zeroed } = adopted;
+    let Adopted { header, geometry, allocated, changed } = adopted;
     let image: &Path = header.image.name.as_ref();
     let mut line = format!(
         "Adopted '{}' as '{}', fmt=add-cow cluster_size={} size={} image_file={}",
@@ -69,8 +69,11 @@ fn summary(options: &AdoptOptions, adopted: &Adopted) -> String {
         line += &format!(" backing_file={} backing_fmt={}", name.display(), backing.format);
     }
     line += &format!(" allocated={allocated}/{}", geometry.clusters());
-    if *zeroed > 0 {
-        line += &format!(" ({} of the image file zeroed)", human_size(*zeroed));
+    for (bytes, what) in [(changed.zeroed, "zeroed"), (changed.copied, "copied from backing_file")]
+    {
+        if bytes > 0 {
+            line += &format!(" ({} {what})", human_size(bytes));
+        }
     }
     line
 }

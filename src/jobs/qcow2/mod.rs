@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use crate::format::qcow2::Qcow2Error;
 use crate::format::{FileName, FileRole, FormatError};
-use crate::image::OpenError;
 use crate::image::open::folder_of;
+use crate::image::{ImageError, OpenError};
 use crate::jobs::progress::Interrupted;
 
 /// Why a disk did not change its format. There is then no new file, and no disk shows anything else
@@ -25,6 +25,9 @@ pub enum ForeignError {
     /// An add-cow disk could not be opened, or made.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// A backing file could not be read.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// It was told to stop.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),
