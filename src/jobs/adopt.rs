@@ -324,7 +324,7 @@ fn walk_error(path: &Path, error: WalkError) -> ForeignError {
     }
 }
 
-/// The first cluster of a qcow2 file, or as much of it as there is; of another file its first bytes.
+/// The first cluster of a qcow2 file, or as much of it as there is; of another file a few bytes.
 async fn first_cluster<S: Storage>(file: &S) -> io::Result<Vec<u8>> {
     let prefix = IoBuffer::zeroed(PREFIX_LEN);
     let got = transfer::read_up_to(file, 0, prefix.clone()).await?;

@@ -1,9 +1,9 @@
 //! Exporting: a qcow2 file that shows the same disk through the same raw image.
 //!
-//! The qcow2 file gets the tables only; the raw image becomes its external data file, in which every
-//! cluster is at its own offset, as in any raw image. Nothing is copied, and nothing of the disk is
-//! changed. What the bitmap says becomes allocated and unallocated clusters, which both formats read
-//! alike: from the data file, or from the backing file and as zeros past its end.
+//! The qcow2 file gets the tables only; the raw image becomes its external data file, in which
+//! every cluster is at its own offset, as in any raw image. Nothing is copied, and nothing of the
+//! disk is changed. What the bitmap says becomes allocated and unallocated clusters, which both
+//! formats read alike: from the data file, or from the backing file and as zeros past its end.
 //!
 //! Promises: the new file appears whole and durable, or not at all, and its refcounts are exact.
 //!

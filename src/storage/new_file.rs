@@ -65,8 +65,8 @@ impl NewFile {
     /// file of that name goes away if `replace`.
     ///
     /// # Errors
-    /// `AlreadyExists` if there is one and it may not be replaced; else what the host said. There is
-    /// then no new file, unless only the folder could not be synced after an old file was replaced.
+    /// `AlreadyExists` if there is one and it may not be replaced; else what the host said. There
+    /// is then no new file, unless an old one was replaced and only the folder was not synced.
     pub fn publish(self, replace: bool) -> io::Result<()> {
         let Self { temporary, path } = self;
         let named =
