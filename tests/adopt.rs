@@ -335,7 +335,7 @@ fn disks_of_the_old_version_are_exported_with_their_small_clusters() {
         assert_eq!(exported.header.cluster_size.bytes(), 512);
         check(&qemu, folder, "disk.qcow2");
         same(&qemu_bytes(&qemu, folder, "disk.qcow2"), &before, "exported");
-        // Two clusters of 4 KiB are allocated in part: six sectors and none (past the base) missing.
+        // Two clusters of 4 KiB are allocated in part: six sectors are missing, past the base none.
         let adopted = adopt(folder, "disk.qcow2", "new.add-cow");
         assert_eq!((adopted.allocated, adopted.changed.copied), (2, 6 * 512));
         same(&bytes_of(folder, "new.add-cow"), &before, "adopted");

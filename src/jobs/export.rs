@@ -19,19 +19,22 @@ use crate::format::qcow2::header::{EXTERNAL_DATA, RAW_EXTERNAL_DATA};
 use crate::format::qcow2::layout::REFCOUNT_ORDER;
 use crate::format::qcow2::{Backing, Header};
 use crate::image::chain::OpenChain;
-use crate::image::open::{OpenImage, OpenOptions, add_cow, folder_of};
+use crate::image::open::{OpenImage, OpenOptions, add_cow, folder_of, io_error, lock_for};
+use crate::image::{FileRole as ImageRole, OpenError};
+use crate::jobs::JobError;
+use crate::jobs::names::{absolute_name, move_name, name_beside, new_file_error};
 use crate::jobs::progress::Progress;
 use crate::jobs::qcow2::tables::{Tables, WriteError};
-use crate::jobs::qcow2::{ForeignError, absolute_name, io_error, move_name, name_beside};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::lock::Locking;
 use crate::storage::new_file::{NewFile, check_target};
 
 /// Formats of backing files that QEMU knows, by the same names.
 const QEMU_FORMATS: [&str; 3] = ["raw", "qcow2", "qed"];
 
-/// What the new file is called in messages.
-const OUT: &str = "qcow2 file";
+/// What the new file is in messages.
+const OUT: ImageRole = ImageRole::Disk;
 
 /// What is to be exported, and how.
 #[derive(Debug, Clone)]
@@ -59,16 +62,13 @@ pub struct Exported {
 /// Makes a qcow2 file of a disk.
 ///
 /// # Errors
-/// See [`ForeignError`].
-pub fn to_qcow2(
-    options: &ExportOptions,
-    progress: &impl Progress,
-) -> Result<Exported, ForeignError> {
+/// See [`JobError`]. There is then no new file.
+pub fn to_qcow2(options: &ExportOptions, progress: &impl Progress) -> Result<Exported, JobError> {
     let out = &options.out;
     let disk = add_cow(&options.disk, OpenOptions::READ_ONLY)?;
-    check_out(options, &disk)?;
+    let _replaced = check_out(options, &disk)?;
     let (state, bad_header) =
-        (&disk.state, |source| ForeignError::Qcow2 { path: out.clone(), source });
+        (&disk.state, |source| OpenError::Qcow2 { path: out.clone(), source });
     let tables = Tables::plan(state.allocation(), state.cluster_size(), state.virtual_size())
         .map_err(bad_header)?;
     let header = header_of(options, &disk, &tables)?;
@@ -76,25 +76,29 @@ pub fn to_qcow2(
     let new = NewFile::create(out).map_err(io_error("create", OUT, out))?;
     let storage = FileStorage::new(Arc::clone(new.file()));
     block_on(tables.write(&storage, &bytes, progress)).map_err(|error| match error {
-        WriteError::Io(error) => io_error("write", OUT, out)(error),
+        WriteError::Io(error) => JobError::from(io_error("write", OUT, out)(error)),
         WriteError::Interrupted(interrupted) => interrupted.into(),
     })?;
-    new.publish(options.force).map_err(io_error("name", OUT, out))?;
+    new.publish(options.force).map_err(|error| new_file_error(OUT, out, error))?;
     Ok(Exported { header, file_len: tables.layout().file_len() })
 }
 
-/// Refuses a new file that is there already, or is one of the disk's own.
-fn check_out(options: &ExportOptions, disk: &OpenImage) -> Result<(), ForeignError> {
+/// Refuses a new file that is there already, is in use, or is one of the disk's own. Returns the
+/// one that will be replaced, locked.
+fn check_out(options: &ExportOptions, disk: &OpenImage) -> Result<Option<HostFile>, JobError> {
     let out = &options.out;
+    check_target(out, options.force).map_err(|error| new_file_error(OUT, out, error))?;
     // One that cannot be opened is none of the disk's, which were.
-    if let Ok(existing) = HostFile::open(out, Access::ReadOnly, CacheMode::Buffered) {
-        let layers = disk.backing.iter().flat_map(OpenChain::layers);
-        let mut own = layers.flat_map(|layer| layer.files()).chain([&disk.raw]).chain(&disk.side);
-        if own.any(|file| file.identity() == existing.identity()) {
-            return Err(refused(options, format!("'{}' is one of its files", out.display())));
-        }
+    let Ok(old) = HostFile::open(out, Access::ReadOnly, CacheMode::Buffered) else {
+        return Ok(None);
+    };
+    let layers = disk.backing.iter().flat_map(OpenChain::layers);
+    let mut own = layers.flat_map(|layer| layer.files()).chain([&disk.raw]).chain(&disk.side);
+    if own.any(|file| file.identity() == old.identity()) {
+        return Err(refused(options, format!("'{}' is one of its files", out.display())));
     }
-    check_target(out, options.force).map_err(io_error("create", OUT, out))
+    lock_for(OUT, &old, Access::ReadWrite, Locking::On)?;
+    Ok(Some(old))
 }
 
 /// The header of the new file.
@@ -102,7 +106,7 @@ fn header_of(
     options: &ExportOptions,
     disk: &OpenImage,
     tables: &Tables<'_>,
-) -> Result<Header, ForeignError> {
+) -> Result<Header, JobError> {
     let layout = tables.layout();
     let raw = disk.raw.path();
     let data_file = if options.relative {
@@ -139,7 +143,7 @@ fn header_of(
 }
 
 /// The backing file of the new file: that of the disk, if it is ever read.
-fn backing_of(options: &ExportOptions, disk: &OpenImage) -> Result<Option<Backing>, ForeignError> {
+fn backing_of(options: &ExportOptions, disk: &OpenImage) -> Result<Option<Backing>, JobError> {
     let header = disk.header.as_ref().filter(|header| !header.all_allocated);
     let Some(backing) = header.and_then(|header| header.backing.as_ref()) else {
         return Ok(None);
@@ -153,7 +157,7 @@ fn backing_of(options: &ExportOptions, disk: &OpenImage) -> Result<Option<Backin
     Ok(Some(Backing { name, format: Some(backing.format.clone()) }))
 }
 
-/// Makes a [`ForeignError::Refused`] about the disk.
-fn refused(options: &ExportOptions, reason: String) -> ForeignError {
-    ForeignError::Refused { verb: "export", path: options.disk.clone(), reason }
+/// Makes a [`JobError::Refused`] about the disk.
+fn refused(options: &ExportOptions, reason: String) -> JobError {
+    JobError::Refused(format!("cannot export '{}': {reason}", options.disk.display()))
 }

@@ -9,6 +9,7 @@
 pub mod adopt;
 pub mod error;
 pub mod export;
+mod names;
 pub mod progress;
 pub mod qcow2;
 

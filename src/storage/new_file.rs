@@ -7,7 +7,7 @@
 //! Not here: what is written, and whether the file that is replaced is one that may be.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{remove_file, symlink_metadata};
+use std::fs::{metadata, remove_file, symlink_metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -81,22 +81,25 @@ impl NewFile {
     }
 }
 
-/// Whether a new file may get the name `path`: there is none, or it may be replaced and is a
-/// regular file, never a device, a folder or a link.
+/// Whether a new file may get the name `path`: its folder is there, and there is no file, or it may
+/// be replaced and is a regular one, never a device, a folder or a link.
 ///
 /// # Errors
-/// `AlreadyExists` if it may not be replaced, `InvalidInput` if it is of another kind; else what the
-/// host said.
+/// `AlreadyExists` if it may not be replaced, `InvalidInput` if it is of another kind; else what
+/// the host said.
 pub fn check_target(path: &Path, replace: bool) -> io::Result<()> {
-    let metadata = match symlink_metadata(path) {
-        Ok(metadata) => metadata,
+    if !metadata(folder_of(path))?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
+    let old = match symlink_metadata(path) {
+        Ok(old) => old,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
     };
     if !replace {
         return Err(io::Error::from_raw_os_error(libc::EEXIST));
     }
-    if !metadata.is_file() {
+    if !old.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
     }
     Ok(())
@@ -151,5 +154,7 @@ mod tests {
         std::os::unix::fs::symlink("nowhere", &link).unwrap();
         assert!(check_target(&link, true).is_err());
         check_target(&folder.path().join("new"), false).unwrap();
+        let missing = check_target(&folder.path().join("missing/new"), false).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 }

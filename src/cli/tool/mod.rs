@@ -141,7 +141,8 @@ impl Verb {
     }
 }
 
-/// Adds `advice` to an error which says that a file is in use.
+/// Adds `advice` to an error which says that a file is in use; and to one which says that a file is
+/// there already, what replaces it.
 fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
     let open_error = match error.downcast_ref::<JobError>() {
         Some(JobError::Open(error)) => Some(error),
@@ -149,6 +150,7 @@ fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
     };
     match open_error {
         Some(OpenError::InUse { .. }) => Err(format!("{error} ({advice})").into()),
+        Some(OpenError::Exists { .. }) => Err(format!("{error} (--force replaces it)").into()),
         _ => Err(error),
     }
 }
