@@ -38,7 +38,7 @@ const PROGRAM: &str = "addcow";
 #[derive(Debug, Parser)]
 #[command(name = PROGRAM, version, disable_help_subcommand = true, max_term_width = 80,
           subcommand_value_name = "VERB", subcommand_help_heading = "Verbs",
-          after_long_help = "See addcow VERB --help for each of them.")]
+          after_help = "See addcow VERB --help for each of them.")]
 struct Arguments {
     /// What to do.
     #[command(subcommand)]
