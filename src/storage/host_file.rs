@@ -163,8 +163,8 @@ impl HostFile {
             return;
         }
         let mapped = fcntl_getfl(&self.file).map_err(io::Error::from).and_then(|flags| {
-            // Pages of a disk's page cache would have to be written back: that is a job for the host's
-            // I/O, which knows when a disk is slow.
+            // Pages of a disk's page cache would have to be written back: that is a job for the
+            // host's I/O, which knows when a disk is slow.
             let writable = self.in_memory && flags.contains(OFlags::RDWR);
             Mapping::new(&self.file, self.len()?, self.in_memory, writable)
         });
