@@ -166,6 +166,15 @@ impl AllocationMap {
         }
     }
 
+    /// The bits of clusters `64 * index` to `64 * index + 63`, least significant first; all ones
+    /// when every cluster is allocated for good, those past the end of the disk too.
+    #[must_use]
+    pub fn word(&self, index: u64) -> u64 {
+        let Some(bits) = &self.bits else { return u64::MAX };
+        let word = usize::try_from(index).ok().and_then(|index| bits.allocated.get(index));
+        word.map_or(0, |word| word.load(Ordering::Acquire))
+    }
+
     /// How many clusters are allocated, or `None` when all are for good.
     #[must_use]
     pub fn count(&self) -> Option<u64> {

@@ -25,6 +25,7 @@ use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::bitmap::MAX_VIRTUAL_SIZE;
 use crate::format::{BitmapGeometry, FileReference, FormatError, Header, encode_words};
+use crate::image::allocation::AllocationMap;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
 use crate::storage::lock::{Locking, Usage};
@@ -110,8 +111,8 @@ pub struct NewSide {
     header: Vec<u8>,
     /// Where the bitmap lies.
     geometry: BitmapGeometry,
-    /// Whether every bit is 1.
-    all_allocated: bool,
+    /// The bits; `None`: all of them are 0.
+    bits: Option<AllocationMap>,
 }
 
 impl NewSide {
@@ -121,7 +122,20 @@ impl NewSide {
     /// # Errors
     /// The rule for writers that the header breaks.
     pub fn new(header: &Header, geometry: BitmapGeometry) -> Result<Self, FormatError> {
-        Ok(Self { header: header.encode()?, geometry, all_allocated: header.all_allocated })
+        let bits = header.all_allocated.then(AllocationMap::all);
+        Ok(Self { header: header.encode()?, geometry, bits })
+    }
+
+    /// The file for `header` and these bits, which must be all ones with ALL_ALLOCATED.
+    ///
+    /// # Errors
+    /// As [`NewSide::new`].
+    pub fn with_bits(
+        header: &Header,
+        geometry: BitmapGeometry,
+        bits: AllocationMap,
+    ) -> Result<Self, FormatError> {
+        Ok(Self { header: header.encode()?, geometry, bits: Some(bits) })
     }
 
     /// Writes it to the empty file `side`, and syncs it.
@@ -133,25 +147,28 @@ impl NewSide {
     /// What the storage said. The file then holds any part of it.
     pub async fn write<S: Storage>(&self, side: &S) -> io::Result<()> {
         side.set_len(self.geometry.file_len())?;
-        if self.all_allocated {
-            self.write_ones(side).await?;
+        if let Some(bits) = &self.bits {
+            self.write_bits(side, bits).await?;
             side.sync().await?;
         }
         transfer::write_all(side, 0, IoBuffer::from_bytes(&self.header)).await?;
         side.sync().await
     }
 
-    /// Sets the bit of every cluster. Bits behind the last one stay 0.
-    async fn write_ones<S: Storage>(&self, side: &S) -> io::Result<()> {
+    /// Writes the bitmap where it is not all zeros. Bits behind the last cluster stay 0.
+    async fn write_bits<S: Storage>(&self, side: &S, bits: &AllocationMap) -> io::Result<()> {
         let words = self.geometry.words();
         let mut first = 0;
         while first < words {
             let end = words.min(first + CHUNK_WORDS);
             let len = usize::try_from((end - first) * 8).map_err(io::Error::other)?;
             let mut bytes = vec![0; len];
-            encode_words((first..end).map(|word| self.geometry.word_mask(word)), &mut bytes);
-            let offset = self.geometry.offset() + first * 8;
-            transfer::write_all(side, offset, IoBuffer::from_bytes(&bytes)).await?;
+            let word = |word| bits.word(word) & self.geometry.word_mask(word);
+            encode_words((first..end).map(word), &mut bytes);
+            if bytes.iter().any(|&byte| byte != 0) {
+                let offset = self.geometry.offset() + first * 8;
+                transfer::write_all(side, offset, IoBuffer::from_bytes(&bytes)).await?;
+            }
             first = end;
         }
         Ok(())

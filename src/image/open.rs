@@ -169,7 +169,7 @@ pub(super) fn open_file(
 
 /// Opens one file of a disk, which the caller locks once it knows that it has not done so through
 /// another open file: the two would refuse each other.
-pub(super) fn open_unlocked(
+pub(crate) fn open_unlocked(
     role: FileRole,
     path: &Path,
     access: Access,
@@ -180,7 +180,7 @@ pub(super) fn open_unlocked(
 }
 
 /// Locks one file of a disk for that access, unless locking is off.
-pub(super) fn lock_for(
+pub(crate) fn lock_for(
     role: FileRole,
     file: &HostFile,
     access: Access,
@@ -194,7 +194,7 @@ pub(super) fn lock_for(
 }
 
 /// Locks one file of a disk for as long as it is open.
-pub(super) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
+pub(crate) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
     file.lock(usage).map_err(|error| match error {
         LockError::InUse => OpenError::InUse { role, path: file.path().to_owned() },
         LockError::Host(source) => io_error("lock", role, file.path())(source),
@@ -217,7 +217,7 @@ pub(super) fn check_raw(
 }
 
 /// Refuses two roles played by one file.
-pub(super) fn check_distinct(
+pub(crate) fn check_distinct(
     first: FileRole,
     first_file: &HostFile,
     second: FileRole,
@@ -249,7 +249,7 @@ pub(super) fn sectors_of(raw: &HostFile) -> Result<u64, OpenError> {
 }
 
 /// Makes an [`OpenError::Io`] of what the host said.
-pub(super) fn io_error(
+pub(crate) fn io_error(
     action: &'static str,
     role: FileRole,
     path: &Path,

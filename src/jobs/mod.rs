@@ -6,8 +6,12 @@
 //!
 //! Not here: what a guest's requests do (`image`), and what a person sees (`cli`).
 
+pub mod adopt;
 pub mod error;
+pub mod export;
+mod names;
 pub mod progress;
+pub mod qcow2;
 
 pub use error::JobError;
 pub use progress::{Interrupted, Progress, Unwatched};

@@ -14,6 +14,7 @@ pub mod file;
 pub mod host_file;
 pub mod lock;
 pub mod mapping;
+pub mod new_file;
 pub mod sim;
 pub mod transfer;
 pub mod uring;

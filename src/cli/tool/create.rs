@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::{Args, ValueEnum, ValueHint};
 
 use crate::cli::output::{print, printable};
 use crate::cli::{Outcome, size};
@@ -23,20 +23,20 @@ use crate::units::ClusterSize;
 
 /// The command line of `addcow create`.
 #[derive(Debug, Args)]
-#[command(override_usage = "addcow create [OPTIONS] DISK [SIZE]")]
+#[command(override_usage = "addcow create [OPTIONS] <DISK> [SIZE]")]
 pub struct Arguments {
-    /// Format of the new disk
-    #[arg(short, long, value_name = "FMT", default_value = "add-cow")]
+    /// Format of the new disk; there is no other
+    #[arg(short, long, value_name = "FMT", default_value = "add-cow", hide_possible_values = true)]
     format: Format,
     /// File that the guest sees where it has written nothing; relative to the folder of DISK
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     backing: Option<OsString>,
     /// Format of the backing file; needed with -b, since formats are never probed
     #[arg(short = 'F', long, value_name = "FMT")]
     backing_format: Option<OsString>,
     /// File with the guest's own bytes; relative to the folder of DISK [default: DISK with the
     /// extension .raw]
-    #[arg(short, long, value_name = "FILE")]
+    #[arg(short, long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     image: Option<OsString>,
     /// Format of the image file [default: raw]
     #[arg(long, value_name = "FMT")]

@@ -4,10 +4,12 @@
 //!
 //! Not here: the work itself (`image`).
 
+mod adopt;
 mod below;
 mod check;
 mod completions;
 mod create;
+mod export;
 mod info;
 mod man;
 mod map;
@@ -36,7 +38,7 @@ const PROGRAM: &str = "addcow";
 #[derive(Debug, Parser)]
 #[command(name = PROGRAM, version, disable_help_subcommand = true, max_term_width = 80,
           subcommand_value_name = "VERB", subcommand_help_heading = "Verbs",
-          after_long_help = "See addcow VERB --help for each of them.")]
+          after_help = "See addcow VERB --help for each of them.")]
 struct Arguments {
     /// What to do.
     #[command(subcommand)]
@@ -54,6 +56,10 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Make an add-cow disk of a qcow2 file with an external data file, copying nothing
+    Adopt(adopt::Arguments),
+    /// Make a qcow2 file over the raw image of a disk, copying nothing
+    Export(export::Arguments),
     /// Print a script that lets a shell complete command lines
     #[command(hide = true)]
     Completions(completions::Arguments),
@@ -115,6 +121,8 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Info(arguments) => info::run(&arguments),
             Verb::Check(arguments) => check::run(&arguments),
             Verb::Map(arguments) => map::run(&arguments),
+            Verb::Adopt(arguments) => adopt::run(arguments),
+            Verb::Export(arguments) => export::run(arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
             Verb::Man(arguments) => man::run(&arguments),
         };
@@ -133,7 +141,8 @@ impl Verb {
     }
 }
 
-/// Adds `advice` to an error which says that a file is in use.
+/// Adds `advice` to an error which says that a file is in use; and to one which says that a file is
+/// there already, what replaces it.
 fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
     let open_error = match error.downcast_ref::<JobError>() {
         Some(JobError::Open(error)) => Some(error),
@@ -141,6 +150,7 @@ fn with_advice(error: Box<dyn Error>, advice: &str) -> Outcome {
     };
     match open_error {
         Some(OpenError::InUse { .. }) => Err(format!("{error} ({advice})").into()),
+        Some(OpenError::Exists { .. }) => Err(format!("{error} (--force replaces it)").into()),
         _ => Err(error),
     }
 }

@@ -87,6 +87,9 @@ pub struct L2Entry {
 }
 
 impl L2Entry {
+    /// The entry of a cluster of which there is nothing.
+    pub const UNALLOCATED: Self = Self { content: L2Content::Unallocated, copied: false };
+
     /// Decodes an entry of a file of that version, cluster size and kind.
     ///
     /// With an external data file offset 0 is a place like any other if bit 63 says that the

@@ -163,7 +163,7 @@ pub enum Qcow2Error {
         method: u32,
     },
     /// Compressed with something else than zlib.
-    #[error("compression type {kind}{} is not supported; only zlib is", compression_name(*kind))]
+    #[error("compression {} is not supported; only zlib is", compression_name(*kind))]
     Compression {
         /// The field: 1 zstd.
         kind: u8,
@@ -208,6 +208,11 @@ fn crypt_name(method: u32) -> String {
 }
 
 /// What the compression types are called, as part of a sentence.
-fn compression_name(kind: u8) -> &'static str {
-    if kind == 1 { " (zstd)" } else { "" }
+fn compression_name(kind: u8) -> String {
+    match kind {
+        // The bit that says "not zlib" is set all the same.
+        0 => "of an unknown type".to_owned(),
+        1 => "with zstd".to_owned(),
+        other => format!("of type {other}"),
+    }
 }

@@ -11,8 +11,10 @@ pub mod entry;
 pub mod error;
 mod extension;
 pub mod header;
+pub mod layout;
 
 pub use entry::{L2Content, L2Entry, TableEntry};
 pub use error::Qcow2Error;
 pub use extension::{Extension, FeatureName};
 pub use header::{Backing, Header};
+pub use layout::Layout;

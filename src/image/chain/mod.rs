@@ -20,7 +20,7 @@
 mod cache;
 mod helper;
 pub mod open;
-mod qcow2;
+pub mod qcow2;
 
 use std::cell::Cell;
 use std::fmt;
