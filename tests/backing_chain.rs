@@ -387,6 +387,43 @@ fn work_on_an_overlay_over_a_compressed_chain_agrees_with_the_model() {
     }
 }
 
+#[test]
+fn requests_over_the_most_fragmented_chain_there_is_are_answered() {
+    let Some(mut lab) = Lab::new("most_fragmented", 2013) else { return };
+    // Every sector elsewhere in the file, and every other cluster of the overlay its own.
+    lab.qemu("qemu-img create -q -f qcow2 -o cluster_size=512 top.qcow2 1M");
+    let sectors = MIB / 512;
+    let order = (0..sectors).map(|n| n * 1_000_003 % sectors);
+    let commands: Vec<String> =
+        order.map(|n| format!("write -P {} {} 512", n % 255 + 1, n * 512)).collect();
+    for part in commands.chunks(512) {
+        lab.qemu.io(lab.dir.path(), "-f qcow2", "top.qcow2", part);
+    }
+    let mut expected = lab.expected("top.qcow2", "qcow2");
+    let line = "create -q -b top.qcow2 -F qcow2 disk.add-cow";
+    assert_eq!(lab.addcow(line), (0, String::new()));
+    let args = ["--blk-file", "disk.add-cow", "--socket-path", "sock", "--num-queues", "2"];
+    let mut daemon = Daemon::spawn(lab.dir.path(), &args, None);
+    let mut guest = daemon.guest(Setup::queues(2, 256));
+    for cluster in (0..MIB / 4096).step_by(2) {
+        let data = pattern(cluster, cluster * 8, 4096);
+        guest.write(cluster * 8, &data);
+        expected[to_usize(cluster) * 4096..][..4096].copy_from_slice(&data);
+    }
+    let len = MIB / 4;
+    for round in 0..60 {
+        let sector = lab.rng.pick(0..(MIB - len) / 512);
+        guest.submit(round % 2, &Request::read(sector, to_usize(len)), &Framing::joined());
+    }
+    (0..2).for_each(|queue| guest.rings[queue].kick_always());
+    for round in 0..60 {
+        assert_eq!(guest.finish(round % 2).1.status(), OK);
+    }
+    assert_bytes(&guest.read_all(), &expected, "the whole disk");
+    drop(guest);
+    daemon.stop();
+}
+
 /// Overwrites bytes of a file.
 fn poke(lab: &Lab, name: &str, offset: u64, bytes: &[u8]) {
     let file = File::options().write(true).open(lab.path(name)).expect("a file");

@@ -108,6 +108,8 @@ impl Helper {
 mod tests {
     use super::*;
     use crate::executor::block_on;
+    use std::future::Future;
+    use std::task::Context;
 
     #[test]
     fn every_future_gets_its_answer() {
@@ -116,6 +118,20 @@ mod tests {
         let error = block_on(helper.run(|| -> u64 { panic!("as a test") })).unwrap_err();
         assert!(error.to_string().contains("assertion"), "{error}");
         assert_eq!(block_on(helper.run(|| 8)).unwrap(), 8, "the thread lives on");
+    }
+
+    #[test]
+    fn who_waits_for_the_thread_does_not_block_its_own() {
+        let helper = Helper::start().unwrap();
+        let (release, released) = channel::<()>();
+        let mut waiting = Box::pin(helper.run(move || released.recv().is_ok()));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(waiting.as_mut().poll(&mut context).is_pending(), "the work has not ended");
+        // Its own thread goes on; a request that is given up leaves the others alone.
+        let given_up = helper.run(|| ());
+        drop(given_up);
+        release.send(()).unwrap();
+        assert!(block_on(waiting).unwrap());
     }
 
     #[test]

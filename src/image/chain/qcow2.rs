@@ -356,3 +356,30 @@ impl Table {
 fn nonsense(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_region_answers_up_to_where_its_next_run_starts() {
+        let run = |start, place| Run { start, place };
+        let runs = [
+            run(1024, Place::Below),
+            run(2048, Place::Data(1 << 20)),
+            run(4096, Place::Compressed),
+        ];
+        let region = Region { runs: Box::new(runs), end: 5000 };
+        let first = |start, end| {
+            let LayerPiece { range, content } = region.first(ByteRange::between(start, end), 1);
+            assert_eq!(range.start(), start);
+            (range.end(), content)
+        };
+        let data = |offset| Some(PieceContent::Data { file: 1, offset });
+        assert_eq!(first(1024, 9000), (2048, None));
+        assert_eq!(first(2047, 9000), (2048, None));
+        assert_eq!(first(2048, 9000), (4096, data(1 << 20)));
+        assert_eq!(first(2050, 2060), (2060, data((1 << 20) + 2)));
+        assert_eq!(first(4096, 9000), (5000, Some(PieceContent::Compressed)));
+    }
+}
