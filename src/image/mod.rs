@@ -47,6 +47,7 @@ pub mod inspect;
 pub mod load;
 pub mod map;
 pub mod open;
+pub mod populate;
 mod read;
 mod write;
 mod zero;

@@ -7,11 +7,16 @@
 //! Not here: what a guest's requests do (`image`), and what a person sees (`cli`).
 
 pub mod adopt;
+pub mod commit;
+pub mod compare;
+pub mod convert;
+pub mod copy;
 pub mod error;
 pub mod export;
 mod names;
 pub mod progress;
 pub mod qcow2;
+pub mod stream;
 
 pub use error::JobError;
 pub use progress::{Interrupted, Progress, Unwatched};

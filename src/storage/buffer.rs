@@ -430,6 +430,48 @@ impl IoBuffer {
         bytes
     }
 
+    /// Whether every byte of the window is zero. Ends at the first piece that is not, so it costs
+    /// next to nothing on data.
+    #[must_use]
+    pub fn is_zero(&self) -> bool {
+        // As much at once as the compiler keeps in registers.
+        const PIECE: usize = 64;
+        let mut pieces = self.segments().flat_map(|segment| segment.chunks(PIECE));
+        pieces.all(|piece| {
+            let mut bytes = [0; PIECE];
+            // The usual length as a constant, so that the copy is a few loads.
+            if piece.len == PIECE {
+                piece.read_once(&mut bytes);
+            } else {
+                piece.read_once(&mut bytes[..piece.len]);
+            }
+            bytes == [0; PIECE]
+        })
+    }
+
+    /// Where the first byte is in which this window and `other`, of the same length, differ,
+    /// rounded down to a multiple of `unit` bytes (1 to [`PAGE_SIZE`]); `None` if they are equal.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    #[must_use]
+    pub fn first_difference(&self, other: &Self, unit: usize) -> Option<usize> {
+        assert_eq!(self.len, other.len, "buffers of different length");
+        let step = PAGE_SIZE - PAGE_SIZE % unit;
+        let (mut mine, mut theirs) = ([0; PAGE_SIZE], [0; PAGE_SIZE]);
+        for start in (0..self.len).step_by(step) {
+            let len = step.min(self.len - start);
+            let (mine, theirs) = (&mut mine[..len], &mut theirs[..len]);
+            self.copy_to(start, mine);
+            other.copy_to(start, theirs);
+            if mine != theirs {
+                let equal = mine.iter().zip(theirs.iter()).take_while(|(a, b)| a == b).count();
+                return Some(start + equal - equal % unit);
+            }
+        }
+        None
+    }
+
     /// Fills the window with zeros.
     pub fn fill_zero(&self) {
         for segment in self.segments() {
@@ -514,6 +556,32 @@ mod tests {
         assert!(!buffer.slice(256, 1024).is_aligned(512));
         let odd = IoBuffer::concat(&[buffer.slice(0, 512), buffer.slice(512, 100)]);
         assert!(!odd.is_aligned(512));
+    }
+
+    #[test]
+    fn zeros_are_told_from_data_at_every_place() {
+        let joined = IoBuffer::concat(&[IoBuffer::zeroed(100), IoBuffer::zeroed(64)]);
+        assert!(joined.is_zero() && joined.slice(7, 0).is_zero());
+        for at in 0..joined.len() {
+            joined.copy_from(at, &[1]);
+            assert!(!joined.is_zero(), "byte {at}");
+            assert!(joined.slice(0, at).is_zero() && joined.tail(at + 1).is_zero());
+            joined.copy_from(at, &[0]);
+        }
+    }
+
+    #[test]
+    fn the_first_difference_is_found_in_units() {
+        let one = IoBuffer::from_bytes(&[7; 10_000]);
+        let other = IoBuffer::concat(&[one.slice(0, 5000), IoBuffer::from_bytes(&[7; 5000])]);
+        assert_eq!(one.first_difference(&other, 1), None);
+        for at in [9999, 9000, 5121, 5000] {
+            other.copy_from(at, &[8]);
+            assert_eq!(one.first_difference(&other, 1), Some(at));
+            assert_eq!(one.first_difference(&other, 512), Some(at / 512 * 512));
+            assert_eq!(one.first_difference(&other, 3000), Some(at / 3000 * 3000));
+        }
+        assert_eq!(one.slice(0, 0).first_difference(&other.slice(9, 0), 512), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ pub mod lock;
 pub mod mapping;
 pub mod new_file;
 pub mod sim;
+pub mod sparse;
 pub mod transfer;
 pub mod uring;
 

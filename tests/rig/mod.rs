@@ -10,6 +10,8 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of the rig")]
 
+pub mod stack;
+
 use std::cell::RefCell;
 use std::future::Future;
 use std::pin::Pin;

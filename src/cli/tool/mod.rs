@@ -14,6 +14,7 @@ mod info;
 mod man;
 mod map;
 mod picture;
+mod stream;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -66,6 +67,8 @@ enum Verb {
     /// Make the man pages
     #[command(hide = true)]
     Man(man::Arguments),
+    /// Copy everything that a disk shows of its backing files into its image file
+    Stream(stream::Arguments),
 }
 
 /// What every verb on an existing disk takes.
@@ -125,6 +128,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Export(arguments) => export::run(arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
             Verb::Man(arguments) => man::run(&arguments),
+            Verb::Stream(arguments) => stream::run(&arguments),
         };
         outcome.or_else(|error| with_advice(error, advice))
     })

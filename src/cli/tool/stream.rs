@@ -1,0 +1,28 @@
+//! `addcow stream`: everything that a disk shows of its backing chain gets into its raw image.
+//!
+//! Not here: the work itself (`jobs::stream`).
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::cli::Outcome;
+use crate::cli::progress::ProgressLine;
+use crate::jobs::stream::stream_disk;
+
+/// The command line of `addcow stream`.
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// Show how far it is
+    #[arg(short, long)]
+    progress: bool,
+    /// The disk: its add-cow file
+    #[arg(value_name = "DISK")]
+    disk: PathBuf,
+}
+
+/// Streams into a disk.
+pub fn run(arguments: &Arguments) -> Outcome {
+    stream_disk(&arguments.disk, &ProgressLine::new(arguments.progress)?)?;
+    Ok(0)
+}

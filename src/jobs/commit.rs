@@ -1,0 +1,169 @@
+//! Committing: what a disk holds itself gets into its backing file.
+//!
+//! Promises: the disk shows the same bytes before, during and after, since its own clusters are not
+//! touched until the base has them durably, and the base is not changed where the disk has none. A
+//! base that is longer than the disk keeps what lies behind the disk's end. After a cut the commit
+//! is run again, and copies everything once more.
+//!
+//! Relies on nobody else using the base: other disks that stand on it would see it change.
+//!
+//! Not here: making the base longer, and emptying the disk afterwards (`jobs::reset`).
+
+use std::cell::Cell;
+
+use crate::image::chain::Chain;
+use crate::image::{FileRole, Image, ImageError};
+use crate::jobs::copy::{Pace, Piece, Pieces};
+use crate::jobs::progress::Progress;
+use crate::jobs::{JobError, copy};
+use crate::storage::{IoBuffer, Storage, sparse, transfer};
+use crate::units::ByteRange;
+
+/// The most bytes of zeros that one step makes: an end to it must be near.
+const MAX_ZEROS: u64 = 1 << 30;
+
+/// What is committed into; at least as long as the disk.
+#[derive(Debug)]
+pub enum Base<'a, S> {
+    /// A raw image.
+    Raw(&'a S),
+    /// An add-cow disk.
+    AddCow(&'a Image<S>),
+}
+
+impl<S: Storage> Base<'_, S> {
+    /// The size of the blocks that are looked at for zeros, in bytes. An add-cow disk is given
+    /// whole clusters of either kind: of a part it would have to fetch the rest.
+    fn block(&self) -> u64 {
+        match self {
+            Self::Raw(_) => sparse::BLOCK,
+            Self::AddCow(image) => image.state().cluster_size().bytes().max(sparse::BLOCK),
+        }
+    }
+
+    /// Writes `data` at `offset`; blocks of zeros give their space back.
+    async fn write(&self, offset: u64, data: &IoBuffer) -> Result<(), ImageError> {
+        for run in sparse::runs(offset, data, self.block()) {
+            let start = offset + run.start as u64;
+            let range = ByteRange::between(start, start + run.len as u64);
+            if run.is_zero {
+                self.clear(range).await?;
+                continue;
+            }
+            let data = data.slice(run.start, run.len);
+            match self {
+                Self::AddCow(image) => image.write(start, data).await?,
+                Self::Raw(raw) => transfer::write_all(*raw, start, data)
+                    .await
+                    .map_err(ImageError::io("write", FileRole::Backing, range))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes `range` read zeros.
+    async fn clear(&self, range: ByteRange) -> Result<(), ImageError> {
+        match self {
+            Self::AddCow(image) => image.write_zeroes(range.start(), range.len(), true).await,
+            Self::Raw(raw) => sparse::clear(*raw, range).await.map_err(ImageError::io(
+                "zero",
+                FileRole::Backing,
+                range,
+            )),
+        }
+    }
+
+    /// Makes everything durable.
+    async fn sync(&self) -> Result<(), ImageError> {
+        match self {
+            Self::AddCow(image) => image.flush().await,
+            Self::Raw(raw) => {
+                let nothing = ByteRange::between(0, 0);
+                raw.sync().await.map_err(ImageError::io("sync", FileRole::Backing, nothing))
+            }
+        }
+    }
+}
+
+/// Copies into `base` what `disk` holds itself: a chain of one layer, the disk alone. The base has
+/// it durably when this returns.
+///
+/// # Errors
+/// `Image` if the host failed, `Interrupted`. The base holds some of it then; what the disk shows
+/// has not changed.
+///
+/// # Cancel safety
+/// None, see [`Image`].
+pub async fn commit<S: Storage>(
+    disk: &Chain<S>,
+    base: &Base<'_, S>,
+    pace: Pace,
+    progress: &impl Progress,
+) -> Result<(), JobError> {
+    let total = disk.virtual_size();
+    let done = Cell::new(0_u64);
+    let mut pieces = Pieces::new(Some(disk));
+    let mut next = 0;
+    progress.update(0, total)?;
+    copy::run::<_, _, JobError>(
+        pace,
+        async || {
+            while next < total {
+                let piece = pieces.first(ByteRange::between(next, total)).await?;
+                let step = cut(piece, pace);
+                next = step.range.end();
+                if step.is_present {
+                    return Ok(Some(step));
+                }
+                done.set(done.get() + step.range.len());
+            }
+            Ok(None)
+        },
+        async |step: Piece, buffer: IoBuffer| {
+            let range = step.range;
+            if step.is_zero {
+                base.clear(range).await?;
+            } else {
+                let data = buffer.slice(0, usize::try_from(range.len()).unwrap_or(usize::MAX));
+                disk.read(range.start(), data.clone()).await?;
+                base.write(range.start(), &data).await?;
+            }
+            Ok(range.len())
+        },
+        async |len: u64| {
+            done.set(done.get() + len);
+            Ok(progress.update(done.get(), total)?)
+        },
+    )
+    .await?;
+    base.sync().await?;
+    Ok(())
+}
+
+/// Makes a raw base at least `len` bytes long, durably: what is committed must fit. The disk shows
+/// zeros past the end of its base, so it shows the same.
+///
+/// # Errors
+/// `Image` if the host failed; the base may have its new length then.
+pub async fn grow<S: Storage>(base: &S, len: u64) -> Result<(), JobError> {
+    let io = |action| ImageError::io(action, FileRole::Backing, ByteRange::between(0, 0));
+    if base.file_len().map_err(io("get the length of"))? < len {
+        base.set_len(len).map_err(io("set the length of"))?;
+        base.sync().await.map_err(io("sync"))?;
+    }
+    Ok(())
+}
+
+/// As much of a piece as one step does: data up to the next multiple of the step's length, so that
+/// steps are aligned; zeros up to [`MAX_ZEROS`]; what the disk does not hold whole.
+fn cut(piece: Piece, pace: Pace) -> Piece {
+    let range = match piece {
+        Piece { is_present: false, .. } => piece.range,
+        Piece { is_zero: true, .. } => {
+            let start = piece.range.start();
+            piece.range.intersect(ByteRange::between(start, start.saturating_add(MAX_ZEROS)))
+        }
+        Piece { is_zero: false, .. } => pace.step_of(piece.range),
+    };
+    Piece { range, ..piece }
+}

@@ -1,0 +1,149 @@
+//! Streaming: everything that a disk shows of its backing chain gets into its raw image.
+//!
+//! At the end every cluster is allocated and durable, the add-cow file says so (ALL_ALLOCATED), and
+//! the raw image alone is the disk. Zeros and holes of the chain become holes of the raw image.
+//!
+//! Promises: a cut between any two I/Os leaves a disk that shows what it showed before, since a bit
+//! is durable only after its cluster (I1), and ALL_ALLOCATED only after every bit. What was flushed
+//! on the way, which happens every so many bytes and after an error too, need not be copied
+//! again: a stream that was cut is finished by running it again. Guests may use the disk meanwhile.
+//!
+//! Not here: removing the add-cow file (`jobs::detach`).
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::executor::block_on;
+use crate::format::header::COMPAT_ALL_ALLOCATED;
+use crate::image::open::{OpenOptions, add_cow};
+use crate::image::populate::Below;
+use crate::image::{FileRole, Image, ImageError};
+use crate::jobs::copy::{Pace, Pieces};
+use crate::jobs::progress::Progress;
+use crate::jobs::{JobError, copy};
+use crate::storage::file::FileStorage;
+use crate::storage::{IoBuffer, Storage, transfer};
+use crate::units::ByteRange;
+
+/// Where in the add-cow file the word of compatible features is (docs/format.md, "Header").
+const COMPAT_WORD: u64 = 32;
+
+/// The most bytes that one step makes zeros: an end to it must be near.
+const MAX_ZEROS: u64 = 1 << 30;
+
+/// Streams into the add-cow disk `path`, see [`stream`].
+///
+/// # Errors
+/// `Open` if the disk cannot be used, with nothing changed; else as [`stream`].
+pub fn stream_disk(path: &Path, progress: &impl Progress) -> Result<(), JobError> {
+    let disk = add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
+    let Some(side) = &disk.side else { return Ok(()) };
+    let side = FileStorage::new(Arc::clone(side));
+    let image = disk.handle(FileStorage::new);
+    block_on(stream(&image, &side, Pace::default(), progress))
+}
+
+/// Streams into `image`, whose add-cow file `side` is.
+///
+/// # Errors
+/// `Image` if the host failed, `Interrupted`. The disk shows what it showed, and another call goes
+/// on from there, unless a sync failed: then only once the disk was opened again.
+///
+/// # Cancel safety
+/// None, see [`Image`].
+pub async fn stream<S: Storage>(
+    image: &Image<S>,
+    side: &S,
+    pace: Pace,
+    progress: &impl Progress,
+) -> Result<(), JobError> {
+    let copied = copy_all(image, pace, progress).await;
+    // After an error too: what was copied so far is worth keeping.
+    let flushed = image.flush().await;
+    copied?;
+    flushed?;
+    set_all_allocated(side).await
+}
+
+/// Copies every cluster that is not allocated.
+async fn copy_all<S: Storage>(
+    image: &Image<S>,
+    pace: Pace,
+    progress: &impl Progress,
+) -> Result<(), JobError> {
+    let state = image.state();
+    let size = state.cluster_size();
+    let clusters = size.count(state.virtual_size());
+    let Some(allocated) = state.allocation().count() else { return Ok(()) };
+    let total = (clusters - allocated.min(clusters)).saturating_mul(size.bytes());
+    let (mut next, mut done, mut unflushed) = (0, 0_u64, 0);
+    progress.update(0, total)?;
+    let mut pieces = Pieces::new(image.backing());
+    copy::run::<_, _, JobError>(
+        pace,
+        async || {
+            while next < clusters {
+                let (is_allocated, end) = state.allocation().run(next..clusters);
+                if !is_allocated {
+                    let step = step(image, &mut pieces, next..end, pace).await?;
+                    next = step.0.end;
+                    return Ok(Some(step));
+                }
+                next = end;
+            }
+            Ok(None)
+        },
+        async |(step, below): (Range<u64>, Below), buffer| {
+            let read = image.populate(step.clone(), below, &buffer).await?;
+            Ok(((step.end - step.start).saturating_mul(size.bytes()), read))
+        },
+        async |(len, read): (u64, u64)| {
+            done = total.min(done.saturating_add(len));
+            progress.update(done, total)?;
+            unflushed += read;
+            if unflushed >= pace.flush_len {
+                unflushed = 0;
+                image.flush().await?;
+            }
+            Ok(())
+        },
+    )
+    .await
+}
+
+/// The first step of `clusters`, none of which is allocated: those that the chain below knows to be
+/// zeros, or else as many as are worth a read.
+async fn step<S: Storage>(
+    image: &Image<S>,
+    pieces: &mut Pieces<'_, S>,
+    clusters: Range<u64>,
+    pace: Pace,
+) -> Result<(Range<u64>, Below), JobError> {
+    let state = image.state();
+    let size = state.cluster_size();
+    let disk = ByteRange::between(size.start_of(clusters.start), state.virtual_size());
+    let piece = pieces.first(disk).await?;
+    let limit = |len: u64| clusters.end.min(clusters.start + len.div_ceil(size.bytes()));
+    let zeros = size.covered(piece.range, state.virtual_size());
+    if piece.is_zero && !zeros.is_empty() {
+        return Ok((clusters.start..zeros.end.min(limit(MAX_ZEROS)), Below::Zeros));
+    }
+    // Zeros that do not fill a cluster are read with what follows.
+    let len = if piece.is_zero { pace.step_len } else { piece.range.len().min(pace.step_len) };
+    Ok((clusters.start..limit(len), Below::Unknown))
+}
+
+/// Says in the header that every cluster is allocated, which is so, durably.
+async fn set_all_allocated<S: Storage>(side: &S) -> Result<(), JobError> {
+    let range = ByteRange::between(COMPAT_WORD, COMPAT_WORD + 8);
+    let io = |action| ImageError::io(action, FileRole::Side, range);
+    let buffer = IoBuffer::zeroed(8);
+    transfer::read_exact(side, range.start(), buffer.clone()).await.map_err(io("read"))?;
+    let mut word = [0; 8];
+    buffer.copy_to(0, &mut word);
+    word = (u64::from_le_bytes(word) | COMPAT_ALL_ALLOCATED).to_le_bytes();
+    buffer.copy_from(0, &word);
+    transfer::write_all(side, range.start(), buffer).await.map_err(io("write"))?;
+    Ok(side.sync().await.map_err(io("sync"))?)
+}
