@@ -5,27 +5,25 @@
 //! Not here: requests that copy something up, fragmented reads, flushes.
 #![expect(unsafe_code, reason = "a global allocator that counts")]
 
+mod queue;
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use addcow::executor::TaskPool;
 use addcow::format::BitmapGeometry;
 use addcow::image::allocation::AllocationMap;
 use addcow::image::chain::Chain;
 use addcow::image::{Image, ImageState};
-use addcow::storage::buffer::IoMemory;
+use addcow::storage::Storage;
 use addcow::storage::host_file::{Access, CacheMode, HostFile};
 use addcow::storage::uring::Ring;
 use addcow::units::ClusterSize;
-use addcow::virtio::chain;
-use addcow::virtio::config::DeviceConfig;
-use addcow::virtio::device::{BlockDevice, DeviceState};
-use addcow::virtio::guest_memory::GuestMap;
-use addcow::virtio::ring::{RingSetup, SplitRing};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use addcow::virtio::request::Used;
+
+use queue::{BLOCK, Queue, READ, SLOTS, WRITE};
 
 thread_local! {
     /// Allocations of this thread.
@@ -52,69 +50,16 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Size of the disk in bytes, and of a request.
+/// Size of the disk in bytes.
 const DISK: u64 = 64 << 20;
-const BLOCK: u64 = 4096;
-/// Requests in flight, one chain of three descriptors each.
-const DEPTH: u16 = 32;
-/// Entries of the ring.
-const RING: u16 = 128;
-
-/// Guest addresses: descriptors, available ring, used ring, headers, status bytes, data.
-const DESCRIPTORS: u64 = 0x1000;
-const AVAILABLE: u64 = 0x2000;
-const USED: u64 = 0x3000;
-const HEADERS: u64 = 0x4000;
-const STATUS: u64 = 0x5000;
-const DATA: u64 = 0x10_0000;
-
-/// Puts the 16 bytes of a descriptor.
-fn descriptor(memory: &GuestMemoryMmap<()>, index: u16, parts: (u64, u32, u16)) {
-    let (address, len, flags) = parts;
-    let at = GuestAddress(DESCRIPTORS + u64::from(index) * 16);
-    memory.write_obj(address.to_le(), at).unwrap();
-    memory.write_obj(len.to_le(), GuestAddress(at.0 + 8)).unwrap();
-    memory.write_obj(flags.to_le(), GuestAddress(at.0 + 12)).unwrap();
-    memory.write_obj((index + 1).to_le(), GuestAddress(at.0 + 14)).unwrap();
-}
-
-/// Makes the chain of request `slot`: `kind` 0 reads, 1 writes block `block`.
-fn request(memory: &GuestMemoryMmap<()>, slot: u16, kind: u32, block: u64) -> u16 {
-    let (head, number) = (slot * 3, u64::from(slot));
-    let header = HEADERS + number * 16;
-    memory.write_obj(kind.to_le(), GuestAddress(header)).unwrap();
-    memory.write_obj((block * BLOCK / 512).to_le(), GuestAddress(header + 8)).unwrap();
-    let data_flags = if kind == 0 { 3 } else { 1 };
-    descriptor(memory, head, (header, 16, 1));
-    descriptor(memory, head + 1, (DATA + number * BLOCK, 4096, data_flags));
-    descriptor(memory, head + 2, (STATUS + number, 1, 2));
-    head
-}
 
 /// Serves requests of `kind` on blocks 0, 1, 2, ... of `image` and returns how many allocations the
 /// last three quarters of them made.
-fn allocations(ring: &Ring, image: Image<impl addcow::storage::Storage>, kind: u32) -> u64 {
-    let ranges = [(GuestAddress(0), 4 << 20)];
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
-    let map = GuestMap::new(Arc::clone(&memory));
-    let owner = map.owner();
-    let setup = RingSetup {
-        size: RING,
-        descriptors: DESCRIPTORS,
-        available: AVAILABLE,
-        used: USED,
-        event_idx: true,
-        next_avail: 0,
-        next_used: 0,
-    };
-    let mut virtqueue = SplitRing::new(&map, setup).unwrap();
-    let config = DeviceConfig { num_queues: 1, queue_size: RING, serial: Vec::new() };
-    let state = Arc::new(DeviceState::new(config, Arc::clone(image.state()), true));
-    state.set_features(u64::MAX);
-    let device = BlockDevice::new(state, image);
-    let mut pool = TaskPool::new(usize::from(DEPTH), Box::new(|| {}));
-    let mut lists: Vec<Rc<IoMemory>> = (0..DEPTH).map(|_| Rc::default()).collect();
-    let mut free: Vec<u16> = (0..DEPTH).collect();
+fn allocations(ring: &Ring, image: Image<impl Storage>, kind: u32) -> u64 {
+    let mut queue = Queue::new();
+    let device = queue::device(image);
+    let mut pool = TaskPool::new(usize::from(SLOTS), Box::new(|| {}));
+    let mut free: Vec<u16> = (0..SLOTS).collect();
     let blocks = DISK / BLOCK;
     let (mut issued, mut done, mut before) = (0_u64, 0_u64, 0);
     while done < blocks {
@@ -124,20 +69,12 @@ fn allocations(ring: &Ring, image: Image<impl addcow::storage::Storage>, kind: u
         while issued < blocks
             && let Some(slot) = free.pop()
         {
-            let head = request(&memory, slot, kind, issued);
-            let index = u16::try_from(issued % 65536).unwrap();
-            let entry = AVAILABLE + 4 + u64::from(index % RING) * 2;
-            memory.write_obj(head.to_le(), GuestAddress(entry)).unwrap();
-            let next = index.wrapping_add(1);
-            memory.store(next.to_le(), GuestAddress(AVAILABLE + 2), Ordering::Release).unwrap();
-            let head = virtqueue.pop().unwrap().unwrap();
-            let table = (virtqueue.descriptors(), virtqueue.size());
-            let list = &mut lists[usize::from(slot)];
-            let chain = chain::walk(&map, &owner, table, true, head, list).unwrap();
+            queue.offer(slot, kind, issued);
+            let head = queue.virtqueue.pop().unwrap().unwrap();
+            let chain = queue.walk(head);
             issued += 1;
             if let Some(used) = pool.start(device.serve(chain)) {
-                free.push(used.head / 3);
-                virtqueue.push_used(used.head, used.len);
+                finish(&mut queue, &mut free, used);
                 done += 1;
             }
             if issued == blocks / 4 {
@@ -149,16 +86,20 @@ fn allocations(ring: &Ring, image: Image<impl addcow::storage::Storage>, kind: u
         }
         ring.reap(|_| {});
         pool.poll_ready(|used| {
-            let status = STATUS + u64::from(used.head / 3);
-            let status: u8 = memory.read_obj(GuestAddress(status)).unwrap();
-            assert_eq!(status, 0, "a request failed");
-            free.push(used.head / 3);
-            virtqueue.push_used(used.head, used.len);
+            finish(&mut queue, &mut free, used);
             done += 1;
         });
-        virtqueue.publish();
+        queue.virtqueue.publish();
     }
     COUNT.get() - before
+}
+
+/// Ends a request that was answered: its slot is free again.
+fn finish(queue: &mut Queue, free: &mut Vec<u16>, used: Used) {
+    let slot = queue::slot_of(used.head);
+    assert_eq!(queue.status(slot), 0, "a request failed");
+    free.push(slot);
+    queue.virtqueue.push_used(used.head, used.len);
 }
 
 /// A raw image of the disk's size on a ring.
@@ -173,7 +114,7 @@ fn raw_file(ring: &Rc<Ring>) -> addcow::storage::uring::UringStorage {
 fn reads_and_writes_of_allocated_clusters_allocate_nothing() {
     let ring = Ring::new().unwrap();
     let storage = raw_file(&ring);
-    for kind in [1, 0] {
+    for kind in [WRITE, READ] {
         let state = Arc::new(ImageState::raw(DISK, true));
         let image = Image::new(state, storage.clone(), None, None);
         assert_eq!(allocations(&ring, image, kind), 0, "request type {kind}");
@@ -189,7 +130,7 @@ fn reads_and_writes_of_mapped_files_allocate_nothing() {
     host.map();
     assert!(host.mapping().is_some());
     let storage = ring.storage(Arc::new(host));
-    for kind in [1, 0] {
+    for kind in [WRITE, READ] {
         let state = Arc::new(ImageState::raw(DISK, true));
         let image = Image::new(state, storage.clone(), None, None);
         assert_eq!(allocations(&ring, image, kind), 0, "request type {kind}");
@@ -204,7 +145,7 @@ fn first_writes_of_whole_clusters_allocate_nothing() {
     let state = Arc::new(ImageState::add_cow(geometry, map, DISK, true));
     let backing = Chain::raw(raw_file(&ring), DISK);
     let image = Image::new(Arc::clone(&state), raw_file(&ring), None, Some(backing));
-    assert_eq!(allocations(&ring, image, 1), 0);
+    assert_eq!(allocations(&ring, image, WRITE), 0);
     assert_eq!(state.allocation().count(), Some(DISK / BLOCK), "every cluster was written");
 }
 
@@ -216,7 +157,7 @@ fn reads_from_a_raw_backing_file_allocate_nothing() {
     let state = Arc::new(ImageState::add_cow(geometry, map, DISK, true));
     let backing = Chain::raw(raw_file(&ring), DISK);
     let image = Image::new(state, raw_file(&ring), None, Some(backing));
-    assert_eq!(allocations(&ring, image, 0), 0);
+    assert_eq!(allocations(&ring, image, READ), 0);
 }
 
 #[test]
