@@ -280,9 +280,9 @@ impl Header {
     pub fn l2_place(&self, entry: u64, file_len: u64) -> Result<Option<u64>, QedError> {
         match entry {
             0 => Ok(None),
-            // Two tables in one place would make metadata of data.
+            // Two tables in one place would make data of metadata.
             offset
-                if offset != self.l1_offset
+                if offset.abs_diff(self.l1_offset) >= self.table_len
                     && self.is_in_file(offset, self.table_len, file_len) =>
             {
                 Ok(Some(offset))
