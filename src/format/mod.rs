@@ -5,7 +5,7 @@
 //! [`FormatError`], never a panic. Only [`crate::units`] is used, so everything here can be tested
 //! and fuzzed without a file.
 //!
-//! Other programs' formats have a folder each: `qcow2`, whose error is [`qcow2::Qcow2Error`].
+//! Other programs' formats have modules and errors of their own: `qcow2`, `qed`.
 //!
 //! Not here: reading or writing files, opening what a name refers to, comparing files by identity
 //! (names that differ may still be one file), and the bits themselves (`image`).
@@ -24,6 +24,7 @@ pub mod bitmap;
 pub mod error;
 pub mod header;
 pub mod qcow2;
+pub mod qed;
 pub mod reference;
 
 pub use bitmap::{BitmapGeometry, decode_words, encode_words};

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::format::FormatError;
 use crate::format::qcow2::Qcow2Error;
+use crate::format::qed::QedError;
 use crate::units::ByteRange;
 
 /// Which of an image's files an error is about.
@@ -149,6 +150,14 @@ pub enum OpenError {
         path: PathBuf,
         /// Why not.
         source: Qcow2Error,
+    },
+    /// A QED file is damaged, or of a kind that we do not read.
+    #[error("cannot use QED file '{}'", path.display())]
+    Qed {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: QedError,
     },
     /// A file names its backing file, and not in which format that is.
     #[error(

@@ -15,8 +15,8 @@ use super::below::Below;
 use crate::cli::Outcome;
 use crate::cli::output::{Output, human_size, print, printable, write_json};
 use crate::format::{BitmapGeometry, Header, qcow2};
-use crate::image::chain::{ChainOptions, Layer, LayerDetails, OpenChain};
-use crate::image::open::folder_of;
+use crate::image::chain::{ChainOptions, Layer, LayerDetails, OpenChain, qed};
+use crate::image::open::{RAW_FORMAT, folder_of};
 use crate::image::{FileRole, OpenError};
 use crate::storage::host_file::HostFile;
 use crate::units::SECTOR_SIZE;
@@ -193,6 +193,12 @@ fn info(layer: &Layer, options: ChainOptions) -> Result<Info, OpenError> {
             let backing = backing.map(|file| (file.name.as_ref(), file.format.as_deref()));
             let size = header.cluster_size;
             (Some(size.bytes()), backing, Some(FormatSpecific::Qcow2(qcow2_info(header))))
+        }
+        LayerDetails::Qed(qed::Opened { header, backing }) => {
+            // It is written nowhere, but a flag says it.
+            let format = header.backing_is_raw().then_some(RAW_FORMAT);
+            let backing = backing.as_ref().map(|name| (name.as_ref(), format));
+            (Some(header.cluster_size()), backing, None)
         }
     };
     Ok(Info {

@@ -21,6 +21,7 @@ mod cache;
 mod helper;
 pub mod open;
 pub mod qcow2;
+pub mod qed;
 
 use std::cell::Cell;
 use std::fmt;
@@ -54,14 +55,16 @@ pub enum DiskFormat {
     AddCow,
     /// A qcow2 file of version 2 or 3.
     Qcow2,
+    /// A QED file.
+    Qed,
 }
 
 impl DiskFormat {
     /// Every format, in the order in which they are shown.
-    pub const ALL: [Self; 3] = [Self::Raw, Self::AddCow, Self::Qcow2];
+    pub const ALL: [Self; 4] = [Self::Raw, Self::AddCow, Self::Qcow2, Self::Qed];
 
     /// The names of all formats, for messages.
-    pub const NAMES: &'static str = "raw, add-cow, qcow2";
+    pub const NAMES: &'static str = "raw, add-cow, qcow2, qed";
 
     /// Its name, as headers and command lines have it.
     #[must_use]
@@ -70,6 +73,7 @@ impl DiskFormat {
             Self::Raw => "raw",
             Self::AddCow => "add-cow",
             Self::Qcow2 => "qcow2",
+            Self::Qed => "qed",
         }
     }
 
@@ -154,6 +158,8 @@ pub enum LayerDetails {
     },
     /// The header of the qcow2 file.
     Qcow2(Box<qcow2_format::Header>),
+    /// The header of the QED file, and the name of its backing file.
+    Qed(qed::Opened),
 }
 
 impl Layer {
@@ -209,6 +215,8 @@ pub enum LayerMap {
     AddCow(Arc<ClusterMap>),
     /// Where the tables of a qcow2 file say, in file 0 or in file 1, the external data file.
     Qcow2(Arc<qcow2::Table>),
+    /// Where the tables of a QED file say, in file 0.
+    Qed(Arc<qed::Table>),
 }
 
 /// Which clusters of an add-cow disk are in its raw image.
@@ -468,7 +476,7 @@ impl<S: Storage> Chain<S> {
     }
 }
 
-impl<S> ChainLayer<S> {
+impl<S: Storage> ChainLayer<S> {
     /// The storage with that number, which a table has named.
     fn file(&self, index: usize, range: ByteRange) -> Result<&S, ImageError> {
         let file = self.files.get(index);
@@ -493,6 +501,10 @@ impl<S> ChainLayer<S> {
                 Ok(LayerPiece { range, content: allocated.then_some(here) })
             }
             LayerMap::Qcow2(table) => table.first(range).await.map_err(self.look_up_error(range)),
+            LayerMap::Qed(table) => {
+                let file = self.file(0, range)?;
+                table.first(file, range).await.map_err(self.look_up_error(range))
+            }
         }
     }
 
@@ -501,7 +513,9 @@ impl<S> ChainLayer<S> {
         let result = match &self.map {
             LayerMap::Qcow2(table) => table.read_compressed(range, &data).await,
             // No other format says that anything is.
-            LayerMap::Raw | LayerMap::AddCow(_) => Err(io::ErrorKind::InvalidData.into()),
+            LayerMap::Raw | LayerMap::AddCow(_) | LayerMap::Qed(_) => {
+                Err(io::ErrorKind::InvalidData.into())
+            }
         };
         result.map_err(ImageError::io("read compressed clusters of", self.role, range))
     }
@@ -510,7 +524,7 @@ impl<S> ChainLayer<S> {
     /// leaves files that end inside their last cluster.
     fn may_end_early(&self) -> bool {
         match self.map {
-            LayerMap::Raw | LayerMap::AddCow(_) => false,
+            LayerMap::Raw | LayerMap::AddCow(_) | LayerMap::Qed(_) => false,
             LayerMap::Qcow2(_) => true,
         }
     }

@@ -12,13 +12,16 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::qcow2::{self, Shared, Table};
+use super::qed;
 use super::{ClusterMap, DiskFormat, Layer, LayerDetails, LayerMap, MAX_LAYERS, OpenChain};
+use crate::executor::block_on;
 use crate::format::qcow2::{Backing, Header as Qcow2Header};
 use crate::format::{FileName, FileReference, Header};
 use crate::image::inspect::{DiskAccess, DiskFiles};
-use crate::image::open::{file_len, folder_of, io_error, lock_for, open_unlocked};
+use crate::image::open::{RAW_FORMAT, file_len, folder_of, io_error, lock_for, open_unlocked};
 use crate::image::{FileRole, OpenError};
 use crate::storage::Alignment;
+use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
 use crate::storage::lock::Locking;
 
@@ -146,12 +149,14 @@ struct Opener {
     layers: Vec<Layer>,
     /// What the qcow2 layers share, once there is one.
     qcow2: Option<Arc<Shared>>,
+    /// What the QED layers share.
+    qed: Arc<qed::Shared>,
 }
 
 impl Opener {
     /// Nothing is open yet; `taken` are the files of the layers above.
     fn new(options: ChainOptions, taken: Vec<Taken>, above: usize) -> Self {
-        Self { options, taken, above, layers: Vec::new(), qcow2: None }
+        Self { options, taken, above, layers: Vec::new(), qcow2: None, qed: Arc::default() }
     }
 
     /// Opens `path` and everything below it.
@@ -183,6 +188,7 @@ impl Opener {
             DiskFormat::Raw => self.raw(role, path),
             DiskFormat::AddCow => self.add_cow(role, path),
             DiskFormat::Qcow2 => self.qcow2(role, path),
+            DiskFormat::Qed => self.qed(role, path),
         }
     }
 
@@ -265,6 +271,32 @@ impl Opener {
             side: None,
             details: LayerDetails::Qcow2(Box::new(header)),
             map: LayerMap::Qcow2(Arc::new(table)),
+            path,
+        });
+        Ok(below)
+    }
+
+    /// Adds a QED file. Only of a raw backing file it says what it is.
+    fn qed(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+        let file = self.open_file(role, &path)?;
+        let refused = |source| OpenError::Qed { path: path.clone(), source };
+        let opened = qed::header(&file).map_err(io_error("read", role, &path))?;
+        let opened = opened.map_err(refused)?;
+        let format = opened.header.backing_is_raw().then(|| RAW_FORMAT.to_owned());
+        let backing = opened.backing.clone().map(|name| (name, format));
+        let below = Below { path: path.clone(), backing };
+        let storage = FileStorage::new(Arc::clone(&file));
+        let (number, shared) = (self.layers.len(), Arc::clone(&self.qed));
+        let table = qed::Table::open(&storage, opened.header.clone(), number, shared);
+        let table = block_on(table).map_err(io_error("read", role, &path))?.map_err(refused)?;
+        self.layers.push(Layer {
+            role,
+            format: DiskFormat::Qed,
+            virtual_size: opened.header.image_size(),
+            files: vec![file],
+            side: None,
+            details: LayerDetails::Qed(opened),
+            map: LayerMap::Qed(Arc::new(table)),
             path,
         });
         Ok(below)
