@@ -539,3 +539,30 @@ fn cycles_and_bottomless_chains_of_qcow2_files_are_refused() {
     let (code, text) = lab.addcow("map deep.add-cow");
     assert_eq!(code, 0, "{text}");
 }
+
+#[test]
+fn work_on_an_overlay_over_qed_agrees_with_the_model() {
+    for cache in ["buffered", "direct"] {
+        let Some(mut lab) = Lab::new("work_on_an_overlay_over_qed", 2012) else { return };
+        lab.raw("base.raw", 3 * MIB + 300);
+        lab.qemu("qemu-img create -q -f qed -o cluster_size=4k -b base.raw -F raw low.qed 5M");
+        let commands: Vec<String> = (1..20_u64)
+            .map(|n| format!("write -P {n} {} {}", n * 262_144 - 512 * n, 512 * n))
+            .chain(["write -z 1M 64k".to_owned(), "write -z 4000k 100k".to_owned()])
+            .collect();
+        lab.qemu.io(lab.dir.path(), "-f qed", "low.qed", &commands);
+        let expected = lab.expected("low.qed", "qed");
+        let line = "create -q -b low.qed -F qed --cluster-size 16k disk.add-cow";
+        assert_eq!(lab.addcow(line), (0, String::new()));
+        let args = ["--blk-file", "disk.add-cow", "--socket-path", "sock", "--num-queues", "2"];
+        let args = [&args[..], &["--backing-cache", cache]].concat();
+        let mut daemon = Daemon::spawn(lab.dir.path(), &args, None);
+        let mut guest = daemon.guest(Setup::queues(2, 128));
+        assert_bytes(&guest.read_all(), &expected, "before anything is written");
+        let mut model = Model::new(expected);
+        Workload::new(2012).run(&mut guest, &mut model, 30);
+        Workload::verify(&mut guest, &mut model);
+        drop(guest);
+        daemon.stop();
+    }
+}

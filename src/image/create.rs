@@ -10,14 +10,10 @@
 //!
 //! Not here: what a command line means, and the bytes of the header (`format`).
 
-use std::ffi::{OsStr, OsString};
 use std::fs::{remove_file, symlink_metadata};
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use tempfile::{NamedTempFile, PersistError};
 
 use super::chain::{self, ChainOptions, Layer, OpenChain};
 use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_file};
@@ -29,6 +25,7 @@ use crate::image::allocation::AllocationMap;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
 use crate::storage::lock::{Locking, Usage};
+use crate::storage::new_file::NewFile;
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ClusterSize, SECTOR_SIZE};
 
@@ -48,10 +45,6 @@ const MAX_NEW_BITMAP: u64 = 1 << 30;
 
 /// How much of the bitmap is written at once, in words of 8 bytes.
 const CHUNK_WORDS: u64 = (1 << 20) / 8;
-
-/// The most bytes of the add-cow file's name in that of its temporary file: a file name has at most
-/// 255 bytes, and two dots and six random characters are put around these.
-const MAX_PREFIX_LEN: usize = 200;
 
 /// The disk to be made.
 #[derive(Debug, Clone)]
@@ -322,50 +315,22 @@ impl Drop for MadeImage {
     }
 }
 
-/// The add-cow file before it has its name.
-type TemporarySide = NamedTempFile<Arc<HostFile>>;
-
 /// Writes the add-cow file, durably, under a name of its own beside `path`. Dropped, it goes away.
-fn write_temporary(path: &Path, content: &NewSide) -> Result<TemporarySide, OpenError> {
+fn write_temporary(path: &Path, content: &NewSide) -> Result<NewFile, OpenError> {
     let error = |action| io_error(action, FileRole::Side, path);
-    let folder = folder_of(path);
-    let mut prefix = OsString::from(".");
-    // Cut, so that the longest legal file name leaves room for the random part.
-    prefix.push(OsStr::from_bytes(path.file_name().map_or(b"", |name| {
-        let bytes = name.as_bytes();
-        bytes.get(..MAX_PREFIX_LEN).unwrap_or(bytes)
-    })));
-    prefix.push(".");
-    // The host's own words: the error of `tempfile` would show the random name, which means
-    // nothing to anybody.
-    let mut refusal = None;
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let side = tempfile::Builder::new().prefix(&prefix).make_in(folder, |path| {
-        HostFile::create_new(path).map(Arc::new).inspect_err(|error| {
-            refusal = error.raw_os_error().map(io::Error::from_raw_os_error);
-        })
-    });
-    let side = side.map_err(|e| error("create")(refusal.unwrap_or(e)))?;
-    let storage = FileStorage::new(Arc::clone(side.as_file()));
+    let side = NewFile::create(path).map_err(error("create"))?;
+    let storage = FileStorage::new(Arc::clone(side.file()));
     block_on(content.write(&storage)).map_err(error("write"))?;
     Ok(side)
 }
 
 /// Gives the add-cow file its name, and makes that durable.
-fn publish(side: TemporarySide, path: &Path, force: bool) -> Result<(), OpenError> {
-    let named = if force { side.persist(path) } else { side.persist_noclobber(path) };
-    named.map_err(|PersistError { error, .. }| match error.kind() {
+fn publish(side: NewFile, path: &Path, force: bool) -> Result<(), OpenError> {
+    side.publish(force).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => {
             OpenError::Exists { role: FileRole::Side, path: path.to_owned() }
         }
         _ => io_error("name", FileRole::Side, path)(error),
-    })?;
-    sync_folder(folder_of(path)).map_err(|error| {
-        if !force {
-            // It replaced nothing, so it can go.
-            drop(remove_file(path));
-        }
-        io_error("sync the folder of", FileRole::Side, path)(error)
     })
 }
 
