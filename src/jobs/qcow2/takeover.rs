@@ -245,7 +245,7 @@ fn bytes_of(cluster_size: ClusterSize, run: &Range<u64>, size: u64) -> ByteRange
 async fn reads_zeros<S: Storage>(file: &S, piece: ByteRange) -> io::Result<bool> {
     let buffer = buffer_for(piece)?;
     transfer::read_or_zero(file, piece.start(), buffer.clone()).await?;
-    Ok(buffer.to_vec().iter().all(|&byte| byte == 0))
+    Ok(buffer.is_zero())
 }
 
 /// The runs of clusters below `clusters` that stand in the map as `flag` says.
