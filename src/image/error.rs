@@ -74,7 +74,7 @@ fn place(range: ByteRange) -> String {
 
 impl ImageError {
     /// Makes an [`ImageError::Io`] of what the host said.
-    pub(super) fn io(
+    pub(crate) fn io(
         action: &'static str,
         role: FileRole,
         range: ByteRange,

@@ -197,7 +197,7 @@ pub(super) fn check_raw(
 }
 
 /// Refuses two roles played by one file.
-pub(super) fn check_distinct(
+pub(crate) fn check_distinct(
     first: FileRole,
     first_file: &HostFile,
     second: FileRole,

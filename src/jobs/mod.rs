@@ -6,8 +6,14 @@
 //!
 //! Not here: what a guest's requests do (`image`), and what a person sees (`cli`).
 
+pub mod detach;
 pub mod error;
+pub mod parts;
 pub mod progress;
+pub mod rebase;
+pub mod reset;
+pub mod resize;
+pub mod snapshot;
 
 pub use error::JobError;
 pub use progress::{Interrupted, Progress, Unwatched};

@@ -8,10 +8,15 @@ mod below;
 mod check;
 mod completions;
 mod create;
+mod detach;
 mod info;
 mod man;
 mod map;
 mod picture;
+mod rebase;
+mod reset;
+mod resize;
+mod snapshot;
 
 use std::error::Error;
 use std::ffi::OsString;
@@ -54,6 +59,16 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Make a disk larger or smaller
+    Resize(resize::Arguments),
+    /// Give a disk another backing file
+    Rebase(rebase::Arguments),
+    /// Make a new overlay on a disk
+    Snapshot(snapshot::Arguments),
+    /// Put a disk back to what its backing file shows
+    Reset(reset::Arguments),
+    /// Remove the add-cow file of a disk that is complete without it
+    Detach(detach::Arguments),
     /// Print a script that lets a shell complete command lines
     #[command(hide = true)]
     Completions(completions::Arguments),
@@ -115,6 +130,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Info(arguments) => info::run(&arguments),
             Verb::Check(arguments) => check::run(&arguments),
             Verb::Map(arguments) => map::run(&arguments),
+            Verb::Resize(arguments) => resize::run(&arguments),
+            Verb::Rebase(arguments) => rebase::run(arguments),
+            Verb::Snapshot(arguments) => snapshot::run(arguments),
+            Verb::Reset(arguments) => reset::run(&arguments),
+            Verb::Detach(arguments) => detach::run(&arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
             Verb::Man(arguments) => man::run(&arguments),
         };
