@@ -62,17 +62,25 @@ pub fn rebase_disk(
     let parts = DiskParts { side: &side, raw: &raw, header, geometry };
     // What the header cannot say is better known before hours of copying.
     let change = block_on(parts.plan_header(|area| HeaderChange::to_backing(area, backing)))?;
-    match mode {
-        Mode::NameOnly => check_not_own(&disk, backing)?,
-        Mode::Safe => {
-            let new = open_new(&disk, backing)?;
-            let old = disk.open_backing(CacheMode::Buffered)?;
-            if !disk.header.all_allocated {
-                copy_on_files(disk, old, new.as_ref(), progress)?;
-            }
-        }
+    if mode == Mode::NameOnly {
+        check_not_own(&disk, backing)?;
+        return block_on(parts.change_header(change));
     }
-    block_on(parts.change_header(change))
+    let new = open_new(&disk, backing)?;
+    if disk.header.all_allocated {
+        return block_on(parts.change_header(change));
+    }
+    let disk = open_image(disk, new.as_ref())?;
+    let (image, old) = (disk.handle(FileStorage::new), disk.backing.as_ref());
+    let handle = |chain: Option<&OpenChain>| chain.map(|chain| chain.handle(FileStorage::new));
+    let is_same_file = |in_old, in_new| {
+        let identity = |chain: Option<&OpenChain>, place| identity_of(chain?, place);
+        identity(old, in_old).is_some_and(|old| Some(old) == identity(new.as_ref(), in_new))
+    };
+    let handles = (handle(old), handle(new.as_ref()));
+    let chains =
+        Chains { old: handles.0.as_ref(), new: handles.1.as_ref(), is_same_file: &is_same_file };
+    block_on(rebase(&parts, &image, &chains, change, progress))
 }
 
 /// Opens the chain of `backing`, in which none of the disk's own files may be.
@@ -101,34 +109,20 @@ fn check_not_own(disk: &DiskFiles, backing: Option<&FileReference>) -> Result<()
     Ok(())
 }
 
-/// Copies what has to be copied, on the disk's files.
-fn copy_on_files(
-    disk: DiskFiles,
-    old: Option<OpenChain>,
-    new: Option<&OpenChain>,
-    progress: &dyn Progress,
-) -> Result<(), JobError> {
+/// The disk as [`rebase`] needs it, with `new` to come.
+fn open_image(disk: DiskFiles, new: Option<&OpenChain>) -> Result<OpenImage, JobError> {
+    let old = disk.open_backing(CacheMode::Buffered)?;
     let allocation = disk.allocation()?;
     let len = |chain: Option<&OpenChain>| chain.map_or(0, OpenChain::virtual_size);
     let backing_len = len(old.as_ref()).max(len(new));
     let state = ImageState::add_cow(disk.geometry, allocation, backing_len, true);
-    let disk = OpenImage {
+    Ok(OpenImage {
         state: Arc::new(state),
         raw: disk.raw,
         side: Some(disk.side),
         backing: old,
         header: Some(disk.header),
-    };
-    let image = disk.handle(FileStorage::new);
-    let (old, new_handle) = (disk.backing.as_ref(), new.map(|new| new.handle(FileStorage::new)));
-    let old_handle = old.map(|old| old.handle(FileStorage::new));
-    let is_same_file = |in_old, in_new| {
-        let identity = |chain: Option<&OpenChain>, place| identity_of(chain?, place);
-        identity(old, in_old).is_some_and(|old| Some(old) == identity(new, in_new))
-    };
-    let chains =
-        Chains { old: old_handle.as_ref(), new: new_handle.as_ref(), is_same_file: &is_same_file };
-    block_on(copy_differences(&image, &chains, progress))
+    })
 }
 
 /// Who a file of a chain is: the layer, and the file's number in it.
@@ -153,28 +147,32 @@ impl<S> std::fmt::Debug for Chains<'_, S> {
     }
 }
 
-/// Copies into `image`, which stands on the old chain, what the new one would show otherwise. It is
-/// durable when this returns, and the image shows the same over either chain.
+/// Copies into `image`, which stands on the old chain, what the new one would show otherwise, and
+/// then changes the header of `parts`, which are those of the image.
 ///
 /// The image must not take what lies behind the end of the old chain for zeros that need no bit:
 /// its state has the length of the longer chain. So nothing is read through the image; what is not
 /// allocated comes from the old chain.
 ///
 /// # Errors
-/// `Image` if the host failed, `Interrupted`. The image shows what it showed.
+/// `Image` if the host failed, `Interrupted`. The disk shows what it showed, over either chain.
 ///
 /// # Cancel safety
-/// None, see [`Image`].
-pub async fn copy_differences<S: Storage>(
+/// A future that is dropped is like a cut, see above; but it must not be dropped while the host
+/// still works, see [`Image`].
+pub async fn rebase<S: Storage>(
+    parts: &DiskParts<'_, S>,
     image: &Image<S>,
     chains: &Chains<'_, S>,
+    change: HeaderChange,
     progress: &dyn Progress,
 ) -> Result<(), JobError> {
     let copied = copy_all(image, chains, progress).await;
     // After an error too: what was copied need not be copied again.
     let flushed = image.flush().await;
     copied?;
-    Ok(flushed?)
+    flushed?;
+    parts.change_header(change).await
 }
 
 /// Copies without making it durable.
