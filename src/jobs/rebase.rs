@@ -16,6 +16,7 @@ use std::sync::Arc;
 
 use crate::executor::block_on;
 use crate::format::{FileReference, Header, HeaderChange};
+use crate::image::chain::open::resolve;
 use crate::image::chain::{Chain, ChainOptions, ChainPiece, OpenChain, PieceContent};
 use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::image::open::{OpenImage, check_distinct, folder_of};
@@ -63,7 +64,7 @@ pub fn rebase_disk(
     // What the header cannot say is better known before hours of copying.
     let change = block_on(parts.plan_header(|area| HeaderChange::to_backing(area, backing)))?;
     if mode == Mode::NameOnly {
-        check_not_own(&disk, backing)?;
+        check_name(&disk, backing)?;
         return block_on(parts.change_header(change));
     }
     let new = open_new(&disk, backing)?;
@@ -96,10 +97,11 @@ fn open_new(
     Ok(OpenChain::below(&header, folder, ChainOptions::BUFFERED, &own)?)
 }
 
-/// Refuses a backing file that is one of the disk's own files. It need not be there.
-fn check_not_own(disk: &DiskFiles, backing: Option<&FileReference>) -> Result<(), JobError> {
+/// Refuses a backing file that is one of the disk's own files, or in a format that could not be
+/// opened. It need not be there.
+fn check_name(disk: &DiskFiles, backing: Option<&FileReference>) -> Result<(), JobError> {
     let Some(backing) = backing else { return Ok(()) };
-    let path = backing.name.resolve(folder_of(disk.side.path()));
+    let (path, _) = resolve(backing, folder_of(disk.side.path()))?;
     let Ok(file) = HostFile::open(&path, Access::ReadOnly, CacheMode::Buffered) else {
         return Ok(());
     };

@@ -21,11 +21,12 @@ use crate::units::ByteRange;
 
 /// Gives the disk the shape `new`, which differs from its own in the size only. `backing` is what
 /// the disk shows where it has nothing itself; with ALL_ALLOCATED it is not needed, and to make a
-/// disk smaller neither.
+/// disk smaller neither. The disk's own bitmap must be whole
+/// ([`DiskFiles::check_complete`](crate::image::inspect::DiskFiles::check_complete)).
 ///
 /// # Errors
-/// `Image` if the host failed, and `Refused`. The disk has its old size then, or its new one, and
-/// shows no byte that it did not hold.
+/// `Image` if the host failed. The disk has its old size then, or its new one, and shows no byte
+/// that it did not hold.
 ///
 /// # Cancel safety
 /// A future that is dropped is like a cut, see above.
@@ -35,14 +36,6 @@ pub async fn resize<S: Storage>(
     new: BitmapGeometry,
 ) -> Result<(), JobError> {
     let old = parts.geometry;
-    let side_len = parts.side.file_len().map_err(side_error("get the length of"))?;
-    let needed = old.offset() + old.used_len();
-    if side_len < needed && !parts.header.all_allocated {
-        return Err(JobError::Refused(format!(
-            "the add-cow file is truncated: {side_len} bytes, {needed} needed for its header and \
-             bitmap"
-        )));
-    }
     if new.virtual_size() <= old.virtual_size() {
         return shrink(parts, new).await;
     }

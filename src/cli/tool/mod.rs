@@ -20,7 +20,7 @@ mod snapshot;
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::builder::PossibleValue;
@@ -150,6 +150,26 @@ impl Verb {
             Self::Check(arguments) if !arguments.repairs() => "-U looks at it all the same",
             _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
         }
+    }
+}
+
+/// An error of a job that does not say which disk it is about.
+#[derive(Debug, thiserror::Error)]
+#[error("'{}'", path.display())]
+struct OnDisk {
+    /// The disk.
+    path: PathBuf,
+    /// What happened.
+    source: JobError,
+}
+
+/// Says which disk an error of a job is about, unless it names the file already.
+fn on_disk(path: &Path) -> impl FnOnce(JobError) -> Box<dyn Error> {
+    move |source| match source {
+        JobError::Image(_) | JobError::Header(_) => {
+            Box::new(OnDisk { path: path.to_owned(), source })
+        }
+        other => Box::new(other),
     }
 }
 

@@ -10,6 +10,7 @@ use clap::Args;
 use crate::cli::Outcome;
 use crate::cli::progress::ProgressLine;
 use crate::cli::tool::create::backing_reference;
+use crate::cli::tool::on_disk;
 use crate::jobs::rebase::{Mode, rebase_disk};
 
 /// The command line of `addcow rebase`.
@@ -44,6 +45,7 @@ pub fn run(arguments: Arguments) -> Outcome {
     };
     let mode = if arguments.name_only { Mode::NameOnly } else { Mode::Safe };
     let progress = ProgressLine::new(arguments.progress)?;
-    rebase_disk(&arguments.disk, backing.as_ref(), mode, &progress)?;
+    let path = &arguments.disk;
+    rebase_disk(path, backing.as_ref(), mode, &progress).map_err(on_disk(path))?;
     Ok(0)
 }

@@ -9,6 +9,7 @@ use clap::Args;
 
 use crate::cli::Outcome;
 use crate::cli::output::print;
+use crate::cli::tool::on_disk;
 use crate::executor::block_on;
 use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::jobs::parts::DiskParts;
@@ -33,7 +34,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         (FileStorage::new(Arc::clone(&disk.side)), FileStorage::new(Arc::clone(&disk.raw)));
     let header = disk.header.clone();
     let parts = DiskParts { side: &side, raw: &raw, header, geometry: disk.geometry };
-    block_on(reset::reset(&parts))?;
+    block_on(reset::reset(&parts)).map_err(on_disk(&arguments.disk))?;
     if !arguments.quiet {
         print(|out| Ok(writeln!(out, "Image reset.")?))?;
     }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use clap::Args;
 
 use crate::cli::output::print;
+use crate::cli::tool::on_disk;
 use crate::cli::{Outcome, size};
 use crate::executor::block_on;
 use crate::image::chain::DiskFormat;
@@ -45,51 +46,27 @@ pub struct Arguments {
     size: OsString,
 }
 
-/// A size as it was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum NewSize {
-    /// So many bytes.
-    Absolute(u64),
-    /// So many more than now.
-    More(u64),
-    /// So many less than now.
-    Less(u64),
-}
-
-impl NewSize {
-    /// What `text` stands for.
-    fn parse(text: &OsStr) -> Result<Self, size::SizeError> {
-        let text = text.to_string_lossy();
-        if let Some(more) = text.strip_prefix('+') {
-            size::parse(more).map(Self::More)
-        } else if let Some(less) = text.strip_prefix('-') {
-            size::parse(less).map(Self::Less)
-        } else {
-            size::parse(&text).map(Self::Absolute)
-        }
-    }
-
-    /// The size in bytes of a disk that has `present` bytes now.
-    fn of(self, present: u64) -> Result<u64, String> {
-        match self {
-            Self::Absolute(size) => Ok(size),
-            Self::More(more) => present
-                .checked_add(more)
-                .ok_or_else(|| format!("invalid size +{more}: larger than the largest file")),
-            Self::Less(less) => present
-                .checked_sub(less)
-                .ok_or_else(|| format!("invalid size -{less}: the disk has only {present} bytes")),
-        }
+/// The size in bytes that `text` asks for of a disk that has `present` bytes now.
+fn new_size(text: &OsStr, present: u64) -> Result<u64, Box<dyn Error>> {
+    let text = &*text.to_string_lossy();
+    let bytes = |digits| size::parse(digits).map_err(|error| error.about(text));
+    if let Some(more) = text.strip_prefix('+') {
+        let size = present.checked_add(bytes(more)?);
+        Ok(size.ok_or_else(|| size::SizeError::TooLarge(text.to_owned()))?)
+    } else if let Some(less) = text.strip_prefix('-') {
+        let size = present.checked_sub(bytes(less)?);
+        Ok(size.ok_or_else(|| format!("invalid size '{text}': the disk has {present} bytes"))?)
+    } else {
+        Ok(bytes(text)?)
     }
 }
 
 /// Resizes a disk.
 pub fn run(arguments: &Arguments) -> Outcome {
     let path = &arguments.disk;
-    let size = NewSize::parse(&arguments.size)?;
     match arguments.format {
-        DiskFormat::AddCow => resize_disk(path, size, arguments.shrink)?,
-        DiskFormat::Raw => resize_raw(path, size, arguments.shrink)?,
+        DiskFormat::AddCow => resize_disk(path, &arguments.size, arguments.shrink)?,
+        DiskFormat::Raw => resize_raw(path, &arguments.size, arguments.shrink)?,
         other => return Err(format!("disks in format '{other}' cannot be resized").into()),
     }
     if !arguments.quiet {
@@ -99,10 +76,11 @@ pub fn run(arguments: &Arguments) -> Outcome {
 }
 
 /// Resizes an add-cow disk.
-fn resize_disk(path: &Path, size: NewSize, shrink: bool) -> Result<(), Box<dyn Error>> {
+fn resize_disk(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Error>> {
     let disk = DiskFiles::open(path, DiskAccess::WRITE)?;
+    disk.check_complete()?;
     let present = disk.geometry.virtual_size();
-    let size = size.of(present)?;
+    let size = new_size(size, present)?;
     check_size(size)?;
     let new = new_geometry(path, disk.header.cluster_size, size)?;
     check_change(path, &disk.raw, present, size, shrink)?;
@@ -113,14 +91,14 @@ fn resize_disk(path: &Path, size: NewSize, shrink: bool) -> Result<(), Box<dyn E
     let backing = backing.as_ref().map(|chain| chain.handle(FileStorage::new));
     let header = disk.header.clone();
     let parts = DiskParts { side: &side, raw: &raw, header, geometry: disk.geometry };
-    Ok(block_on(resize::resize(&parts, backing.as_ref(), new))?)
+    block_on(resize::resize(&parts, backing.as_ref(), new)).map_err(on_disk(path))
 }
 
 /// Resizes a raw image. Its length is all there is to it.
-fn resize_raw(path: &Path, size: NewSize, shrink: bool) -> Result<(), Box<dyn Error>> {
+fn resize_raw(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Error>> {
     let disk = raw(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
     let present = disk.state.virtual_size();
-    let size = size.of(present)?;
+    let size = new_size(size, present)?;
     check_size(size)?;
     check_change(path, &disk.raw, present, size, shrink)?;
     let failed = |error: std::io::Error| format!("cannot resize '{}': {error}", path.display());
@@ -157,14 +135,15 @@ mod tests {
 
     #[test]
     fn sizes_with_a_sign_are_relative() {
-        let size = |text: &str| NewSize::parse(OsStr::new(text)).unwrap().of(1 << 20);
+        let size = |text: &str| new_size(OsStr::new(text), 1 << 20).map_err(|e| e.to_string());
         assert_eq!(size("2M"), Ok(2 << 20));
         assert_eq!(size("+1M"), Ok(2 << 20));
         assert_eq!(size("-512k"), Ok(512 << 10));
         assert_eq!(size("-1M"), Ok(0));
-        assert!(size("-2M").is_err() && size("+15.9999E").is_err());
-        for text in ["--1", "+-1", "-", "+", "", "1X"] {
-            assert!(NewSize::parse(OsStr::new(text)).is_err(), "{text}");
+        assert_eq!(size("-2M").unwrap_err(), "invalid size '-2M': the disk has 1048576 bytes");
+        for text in ["--1", "+-1", "-", "+", "", "1X", "+15.99999999E"] {
+            let error = size(text).unwrap_err();
+            assert!(error.starts_with(&format!("invalid size '{text}': ")), "{error}");
         }
     }
 }
