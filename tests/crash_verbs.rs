@@ -52,7 +52,8 @@ struct Shape {
     backing: Option<usize>,
     /// Length of the backing file `OLD` in bytes.
     old_len: usize,
-    /// Length of the backing file `NEW` in bytes. `MIDDLE` is an overlay on it, as long as the disk.
+    /// Length of the backing file `NEW` in bytes. `MIDDLE` is an overlay on it, as long as the
+    /// disk.
     new_len: usize,
     /// Clusters that are allocated.
     allocated: Vec<u64>,

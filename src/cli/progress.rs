@@ -3,9 +3,9 @@
 //! With `-p` a job's progress is one line that is written over and over, in the form of qemu-img:
 //! `    (12.34/100%)`, a carriage return behind it. SIGINT and SIGTERM end a watched job at its
 //! next [`Progress::update`], with or without `-p`, so that it can remove what it made under a
-//! temporary name. A second signal ends the process at once: a job that hangs must not keep it. When
-//! the job has cleaned up, the process ends by the signal that it got ([`end_by_signal`]): a shell
-//! then knows that it was interrupted, and ends its script too.
+//! temporary name. A second signal ends the process at once: a job that hangs must not keep it.
+//! When the job has cleaned up, the process ends by the signal that it got ([`end_by_signal`]): a
+//! shell then knows that it was interrupted, and ends its script too.
 //!
 //! Not here: what a job does when it is interrupted (`jobs`).
 

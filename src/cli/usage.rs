@@ -31,8 +31,8 @@ fn verb_of<'a>(command: &Command, arguments: &'a [OsString]) -> Option<&'a str> 
     command.find_subcommand(verb).map(|_| verb)
 }
 
-/// The error about an option that does not exist, where it was taken for a value that may start with
-/// a dash, such as a relative size, and the value was then one too many.
+/// The error about an option that does not exist, where it was taken for a value that may start
+/// with a dash, such as a relative size, and the value was then one too many.
 fn hidden_option(command: &Command, arguments: &[OsString], error: &Error) -> Option<Error> {
     let is_option = |error: &Error, yes| {
         let blamed = text(error, ContextKind::InvalidArg).unwrap_or_default();

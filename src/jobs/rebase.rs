@@ -1,11 +1,11 @@
 //! Rebasing: another backing file for a disk that goes on showing the same.
 //!
-//! Where the disk has nothing itself, and the old chain shows other bytes than the new one, those of
-//! the old chain are copied into the disk. Only when that is durable does the header name the new
-//! backing file.
+//! Where the disk has nothing itself, and the old chain shows other bytes than the new one, those
+//! of the old chain are copied into the disk. Only when that is durable does the header name the
+//! new backing file.
 //!
-//! Promises: a cut between any two I/Os leaves a disk that shows what it showed before, over the old
-//! chain or over the new one; rebasing again completes it. A rebase of the name alone promises
+//! Promises: a cut between any two I/Os leaves a disk that shows what it showed before, over the
+//! old chain or over the new one; rebasing again completes it. A rebase of the name alone promises
 //! nothing about what the disk shows: whoever asks for it knows that both files do the same.
 //!
 //! Not here: reading chains (`image::chain`), and the steps of a header change (`format::change`).
@@ -44,8 +44,8 @@ pub enum Mode {
     NameOnly,
 }
 
-/// Gives the add-cow disk `path` the backing file `backing`, whose name is relative to the folder of
-/// `path`; or none.
+/// Gives the add-cow disk `path` the backing file `backing`, whose name is relative to the folder
+/// of `path`; or none.
 ///
 /// # Errors
 /// `Open` and `Header` with nothing changed; `Image` and `Interrupted` with a disk that shows what
@@ -294,8 +294,9 @@ async fn compare_and_copy<S: Storage>(
     Ok(())
 }
 
-/// Looks up what a chain holds. Remembers the last answer, since pieces of one chain are often large
-/// where those of the other are small, and file systems may take long to tell where data ends.
+/// Looks up what a chain holds. Remembers the last answer, since pieces of one chain are often
+/// large where those of the other are small, and file systems may take long to tell where data
+/// ends.
 struct Cursor<'a, S> {
     /// The chain; without one there are only zeros.
     chain: Option<&'a Chain<S>>,

@@ -6,8 +6,8 @@
 //!
 //! Promises (P5): what is new reads zeros, also where the backing file is longer than the old disk,
 //! also in the last cluster of the old disk, which was partial; and what a smaller disk has lost
-//! does not come back when it grows again. A cut between any two I/Os leaves the old disk or the new
-//! one; resizing again to the same size completes it.
+//! does not come back when it grows again. A cut between any two I/Os leaves the old disk or the
+//! new one; resizing again to the same size completes it.
 //!
 //! Not here: plain raw images, which a job is not needed for.
 

@@ -410,8 +410,8 @@ impl SimDisk {
         self.state.borrow().log.clone()
     }
 
-    /// Counts an operation in. Returns its time and what is to go wrong with it; `None` if the power
-    /// is gone.
+    /// Counts an operation in. Returns its time and what is to go wrong with it; `None` if the
+    /// power is gone.
     fn count(&self, file: usize, kind: OperationKind) -> Option<(u64, Option<Fault>)> {
         let state = &mut *self.state.borrow_mut();
         let index = state.started;
