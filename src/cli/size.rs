@@ -33,6 +33,20 @@ pub enum SizeError {
     Fraction(String),
 }
 
+impl SizeError {
+    /// The same about `text`, of which what was parsed is a part.
+    #[must_use]
+    pub fn about(self, text: &str) -> Self {
+        let text = text.to_owned();
+        match self {
+            Self::Syntax(_) => Self::Syntax(text),
+            Self::Negative(_) => Self::Negative(text),
+            Self::TooLarge(_) => Self::TooLarge(text),
+            Self::Fraction(_) => Self::Fraction(text),
+        }
+    }
+}
+
 /// The bytes that `text` stands for.
 ///
 /// A fraction that is no whole number of bytes is rounded down: `0.1G` is 107374182.

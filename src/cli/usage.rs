@@ -14,6 +14,8 @@ use super::size::SizeError;
 
 /// The line for `error`, which `command` found in `arguments` (the program's name first).
 pub fn line(command: &Command, arguments: &[OsString], error: &Error) -> String {
+    let hidden = hidden_option(command, arguments, error);
+    let error = hidden.as_ref().unwrap_or(error);
     let what = negative_size(arguments, error).unwrap_or_else(|| what(error));
     let mut help = command.get_name().to_owned();
     if let Some(verb) = verb_of(command, arguments) {
@@ -27,6 +29,21 @@ fn verb_of<'a>(command: &Command, arguments: &'a [OsString]) -> Option<&'a str> 
     let mut words = arguments.iter().skip(1).filter_map(|argument| argument.to_str());
     let verb = words.find(|word| !word.starts_with('-'))?;
     command.find_subcommand(verb).map(|_| verb)
+}
+
+/// The error about an option that does not exist, where it was taken for a value that may start
+/// with a dash, such as a relative size, and the value was then one too many.
+fn hidden_option(command: &Command, arguments: &[OsString], error: &Error) -> Option<Error> {
+    let is_option = |error: &Error, yes| {
+        let blamed = text(error, ContextKind::InvalidArg).unwrap_or_default();
+        error.kind() == ErrorKind::UnknownArgument && blamed.starts_with("--") == yes
+    };
+    if !is_option(error, false) {
+        return None;
+    }
+    let strict = |verb: Command| verb.mut_args(|argument| argument.allow_hyphen_values(false));
+    let strict = command.clone().mut_subcommands(strict);
+    strict.try_get_matches_from(arguments).err().filter(|error| is_option(error, true))
 }
 
 /// What to say where a negative size was taken for an option.
@@ -142,7 +159,9 @@ mod tests {
             .arg(output.value_parser(["human", "json"]))
             .arg(Arg::new("number").short('n').value_name("N").value_parser(value_parser!(u8)))
             .arg(Arg::new("disk").value_name("DISK").required(true));
-        let command = Command::new("prog").subcommand(verb).subcommand_required(true);
+        let signed = Arg::new("size").value_name("SIZE").required(true);
+        let size = Command::new("size").arg(flag("force")).arg(signed.allow_hyphen_values(true));
+        let command = Command::new("prog").subcommands([verb, size]).subcommand_required(true);
         let arguments: Vec<OsString> = words.iter().map(OsString::from).collect();
         let error = command.clone().try_get_matches_from(&arguments).unwrap_err();
         line(&command, &arguments, &error)
@@ -150,7 +169,7 @@ mod tests {
 
     #[test]
     fn unknown_words_are_named_with_what_was_probably_meant() {
-        let rows: [(&[&str], &str); 6] = [
+        let rows: [(&[&str], &str); 7] = [
             (&["prog", "mak"], "unknown verb 'mak': did you mean 'make'? (see prog --help)"),
             (&["prog", "frobnicate"], "unknown verb 'frobnicate' (see prog --help)"),
             (
@@ -159,6 +178,10 @@ mod tests {
             ),
             (&["prog", "make", "-x", "d"], "unknown option '-x' (see prog make --help)"),
             (&["prog", "make", "d", "e"], "unexpected argument 'e' (see prog make --help)"),
+            (
+                &["prog", "size", "--forse", "-1"],
+                "unknown option '--forse': did you mean '--force'? (see prog size --help)",
+            ),
             (&["prog", "--make"], "unknown option '--make' (see prog --help)"),
         ];
         for (words, expected) in rows {

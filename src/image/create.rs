@@ -399,16 +399,7 @@ fn choose_size(
         }
         (None, None) => return Err(OpenError::SizeUnknown { path: options.path.clone() }),
     };
-    let invalid = |problem| Err(OpenError::InvalidSize { size, problem });
-    if size == 0 {
-        return invalid("a disk has at least one sector of 512 bytes");
-    }
-    if size > MAX_VIRTUAL_SIZE {
-        return invalid("larger than the largest possible file, 8 EiB less one byte");
-    }
-    if !size.is_multiple_of(SECTOR_SIZE) {
-        return invalid("not a multiple of 512 bytes");
-    }
+    check_size(size)?;
     if image_size > size {
         let path = options.image.name.resolve(folder_of(&options.path));
         return Err(OpenError::ImageTooLong { path, len: image_len, size });
@@ -416,8 +407,28 @@ fn choose_size(
     Ok(size)
 }
 
-/// The bitmap of a new disk of `size` bytes.
-fn new_geometry(
+/// Refuses a size that no disk can have.
+///
+/// # Errors
+/// `InvalidSize`.
+pub fn check_size(size: u64) -> Result<(), OpenError> {
+    let problem = if size == 0 {
+        "a disk has at least one sector of 512 bytes"
+    } else if size > MAX_VIRTUAL_SIZE {
+        "larger than the largest possible file, 8 EiB less one byte"
+    } else if !size.is_multiple_of(SECTOR_SIZE) {
+        "not a multiple of 512 bytes"
+    } else {
+        return Ok(());
+    };
+    Err(OpenError::InvalidSize { size, problem })
+}
+
+/// The bitmap that the add-cow file `path` gets for a disk of `size` bytes.
+///
+/// # Errors
+/// `BitmapTooLarge`, or `Header` if no file could have that size.
+pub fn new_geometry(
     path: &Path,
     cluster_size: ClusterSize,
     size: u64,
@@ -509,7 +520,7 @@ mod tests {
                 block_on(content(all_allocated).write(&disk.create(&[]))).unwrap();
                 disk.operations()
             };
-            assert_eq!(count, if all_allocated { 4 } else { 2 });
+            assert_eq!(count, if all_allocated { 5 } else { 3 });
             for index in 0..count {
                 let disk = SimDisk::new(1);
                 disk.set_fault(index, Fault::Error(libc::EIO), false);

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::allocation::AllocationMap;
 use super::chain::{ChainOptions, OpenChain};
 use super::open::{
-    check_distinct, check_raw, folder_of, load_error, lock_for, open_unlocked, sectors_of,
+    check_distinct, check_raw, file_len, folder_of, load_error, lock_for, open_unlocked, sectors_of,
 };
 use super::{FileRole, OpenError, load};
 use crate::executor::block_on;
@@ -124,6 +124,20 @@ impl DiskFiles {
         let storage = FileStorage::new(Arc::clone(&self.side));
         block_on(load::bitmap(&storage, &self.geometry))
             .map_err(|e| load_error(self.side.path(), e))
+    }
+
+    /// Refuses an add-cow file that ends before its bitmap does, unless the bitmap is not needed.
+    ///
+    /// # Errors
+    /// `Truncated`; `Io` if the host does not tell.
+    pub fn check_complete(&self) -> Result<(), OpenError> {
+        let needed = self.geometry.offset() + self.geometry.used_len();
+        let found = file_len(FileRole::Side, &self.side)?;
+        if found < needed && !self.header.all_allocated {
+            let path = self.side.path().to_owned();
+            return Err(OpenError::Truncated { path, found, needed });
+        }
+        Ok(())
     }
 
     /// How many clusters are in the raw image. Reads the bitmap.

@@ -11,11 +11,17 @@ pub mod commit;
 pub mod compare;
 pub mod convert;
 pub mod copy;
+pub mod detach;
 pub mod error;
 pub mod export;
 mod names;
+pub mod parts;
 pub mod progress;
 pub mod qcow2;
+pub mod rebase;
+pub mod reset;
+pub mod resize;
+pub mod snapshot;
 pub mod stream;
 
 pub use error::JobError;

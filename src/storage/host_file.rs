@@ -60,6 +60,8 @@ pub struct HostFile {
     identity: FileIdentity,
     /// What transfers must keep to.
     alignment: Alignment,
+    /// Whether it is a block device.
+    is_device: bool,
     /// Whether it lies on tmpfs.
     in_memory: bool,
     /// For what it is locked, if it is.
@@ -106,11 +108,12 @@ impl HostFile {
             FileType::BlockDevice => FileIdentity { device: stat.st_rdev, inode: 0 },
             other => return Err(io::Error::new(io::ErrorKind::InvalidInput, wrong_type(other))),
         };
+        let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
         let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
         let alignment = set_flags(&file, cache, in_memory)?;
         let (locked, mapping) = (OnceLock::new(), OnceLock::new());
         let path = path.to_owned();
-        Ok(Self { file, path, identity, alignment, in_memory, locked, mapping })
+        Ok(Self { file, path, identity, alignment, is_device, in_memory, locked, mapping })
     }
 
     /// Announces to other programs that the file is used in that way, for as long as this lives.
@@ -152,6 +155,12 @@ impl HostFile {
     #[must_use]
     pub fn is_in_memory(&self) -> bool {
         self.in_memory
+    }
+
+    /// Whether it is a block device, whose length is not for us to change.
+    #[must_use]
+    pub fn is_device(&self) -> bool {
+        self.is_device
     }
 
     /// Maps the file, so that what is in memory already can be moved without a system call. Does

@@ -122,7 +122,7 @@ pub fn run(arguments: Arguments) -> Outcome {
 }
 
 /// The error, and the option that helps if there is one.
-fn with_advice(error: OpenError) -> Box<dyn Error> {
+pub(super) fn with_advice(error: OpenError) -> Box<dyn Error> {
     match &error {
         OpenError::Exists { role: crate::image::FileRole::Raw, .. } => {
             format!("{error} (-i NAME uses an existing one)").into()
@@ -141,26 +141,10 @@ fn create_options(
     force: bool,
 ) -> Result<CreateOptions, Box<dyn Error>> {
     let [size, backing_file, backing_fmt, image_file, image_fmt, cluster_size] = values;
-    let backing = match (backing_file, backing_fmt) {
-        (Some(name), Some(format)) => Some(reference(FileRole::Backing, &name, &format)?),
-        (None, None) => None,
-        (Some(name), None) => {
-            return Err(format!(
-                "backing file '{}' needs its format (-F raw): formats are never probed",
-                name.display()
-            )
-            .into());
-        }
-        (None, Some(_)) => return Err("a backing format (-F) needs a backing file (-b)".into()),
-    };
     let reuse_image = image_file.is_some() || force;
-    let image_name = match image_file {
-        Some(name) => name,
-        None => default_image_name(&disk)?,
-    };
-    let image_fmt = image_fmt.unwrap_or_else(|| RAW_FORMAT.into());
+    let backing = backing_reference(backing_file, backing_fmt)?;
     Ok(CreateOptions {
-        image: reference(FileRole::Image, &image_name, &image_fmt)?,
+        image: image_reference(&disk, image_file, image_fmt)?,
         path: disk,
         size: size.as_deref().map(parse_size).transpose()?,
         cluster_size: cluster_size.as_deref().map(parse_cluster_size).transpose()?,
@@ -168,6 +152,33 @@ fn create_options(
         reuse_image,
         force,
     })
+}
+
+/// The backing file as the header stores it, from its name and its format, if it was given.
+pub(super) fn backing_reference(
+    name: Option<OsString>,
+    format: Option<OsString>,
+) -> Result<Option<FileReference>, Box<dyn Error>> {
+    match (name, format) {
+        (Some(name), Some(format)) => reference(FileRole::Backing, &name, &format).map(Some),
+        (None, None) => Ok(None),
+        (Some(name), None) => Err(format!(
+            "backing file '{}' needs its format (-F raw): formats are never probed",
+            name.display()
+        )
+        .into()),
+        (None, Some(_)) => Err("a backing format (-F) needs a backing file (-b)".into()),
+    }
+}
+
+/// The image file of `disk` as the header stores it; by default the one beside it, in format raw.
+pub(super) fn image_reference(
+    disk: &Path,
+    name: Option<OsString>,
+    format: Option<OsString>,
+) -> Result<FileReference, Box<dyn Error>> {
+    let name = name.map_or_else(|| default_image_name(disk), Ok)?;
+    reference(FileRole::Image, &name, &format.unwrap_or_else(|| RAW_FORMAT.into()))
 }
 
 /// The name of the image beside the add-cow file `disk`.
@@ -297,7 +308,7 @@ fn options_help() -> String {
 }
 
 /// The line that says what was made.
-fn summary(path: &Path, Created { header, geometry }: &Created) -> String {
+pub(super) fn summary(path: &Path, Created { header, geometry }: &Created) -> String {
     let mut line = format!(
         "Formatting '{}', fmt=add-cow cluster_size={} size={}",
         path.display(),

@@ -9,16 +9,21 @@ mod below;
 mod check;
 mod completions;
 mod create;
+mod detach;
 mod export;
 mod info;
 mod man;
 mod map;
 mod picture;
+mod rebase;
+mod reset;
+mod resize;
+mod snapshot;
 mod stream;
 
 use std::error::Error;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::builder::PossibleValue;
@@ -57,6 +62,16 @@ enum Verb {
     Check(check::Arguments),
     /// Show where the bytes of a disk are
     Map(map::Arguments),
+    /// Make a disk larger or smaller
+    Resize(resize::Arguments),
+    /// Give a disk another backing file
+    Rebase(rebase::Arguments),
+    /// Make a new overlay on a disk
+    Snapshot(snapshot::Arguments),
+    /// Put a disk back to what its backing file shows
+    Reset(reset::Arguments),
+    /// Remove the add-cow file of a disk that is complete without it
+    Detach(detach::Arguments),
     /// Make an add-cow disk of a qcow2 file with an external data file, copying nothing
     Adopt(adopt::Arguments),
     /// Make a qcow2 file over the raw image of a disk, copying nothing
@@ -124,6 +139,11 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Info(arguments) => info::run(&arguments),
             Verb::Check(arguments) => check::run(&arguments),
             Verb::Map(arguments) => map::run(&arguments),
+            Verb::Resize(arguments) => resize::run(&arguments),
+            Verb::Rebase(arguments) => rebase::run(arguments),
+            Verb::Snapshot(arguments) => snapshot::run(arguments),
+            Verb::Reset(arguments) => reset::run(&arguments),
+            Verb::Detach(arguments) => detach::run(&arguments),
             Verb::Adopt(arguments) => adopt::run(arguments),
             Verb::Export(arguments) => export::run(arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
@@ -142,6 +162,26 @@ impl Verb {
             Self::Check(arguments) if !arguments.repairs() => "-U looks at it all the same",
             _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
         }
+    }
+}
+
+/// An error of a job that does not say which disk it is about.
+#[derive(Debug, thiserror::Error)]
+#[error("'{}'", path.display())]
+struct OnDisk {
+    /// The disk.
+    path: PathBuf,
+    /// What happened.
+    source: JobError,
+}
+
+/// Says which disk an error of a job is about, unless it names the file already.
+fn on_disk(path: &Path) -> impl FnOnce(JobError) -> Box<dyn Error> {
+    move |source| match source {
+        JobError::Image(_) | JobError::Header(_) => {
+            Box::new(OnDisk { path: path.to_owned(), source })
+        }
+        other => Box::new(other),
     }
 }
 
