@@ -452,7 +452,7 @@ fn choose_size(
 }
 
 /// The bitmap of a new disk of `size` bytes.
-fn new_geometry(
+pub(crate) fn new_geometry(
     path: &Path,
     cluster_size: ClusterSize,
     size: u64,

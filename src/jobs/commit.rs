@@ -10,12 +10,21 @@
 //! Not here: making the base longer, and emptying the disk afterwards (`jobs::reset`).
 
 use std::cell::Cell;
+use std::path::Path;
+use std::sync::Arc;
 
-use crate::image::chain::Chain;
+use crate::executor::block_on;
+use crate::image::chain::open::resolve;
+use crate::image::chain::{Chain, ChainLayer, ClusterMap, DiskFormat};
+use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::open::{check_distinct, folder_of, lock_for, open_unlocked};
 use crate::image::{FileRole, Image, ImageError};
 use crate::jobs::copy::{Pace, Piece, Pieces};
 use crate::jobs::progress::Progress;
 use crate::jobs::{JobError, copy};
+use crate::storage::file::FileStorage;
+use crate::storage::host_file::{Access, CacheMode};
+use crate::storage::lock::Locking;
 use crate::storage::{IoBuffer, Storage, sparse, transfer};
 use crate::units::ByteRange;
 
@@ -83,6 +92,60 @@ impl<S: Storage> Base<'_, S> {
             }
         }
     }
+}
+
+/// Commits the add-cow disk `path` into its backing file, see [`commit`], and empties it unless
+/// `keep`.
+///
+/// # Errors
+/// `Open` and `Refused` with nothing changed; else as [`commit`].
+pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<(), JobError> {
+    let disk = DiskFiles::open(path, DiskAccess::WRITE)?;
+    let Some(reference) = &disk.header.backing else {
+        return Err(JobError::Refused(format!(
+            "'{}' has no backing file to commit into",
+            path.display()
+        )));
+    };
+    let (base_path, format) = resolve(reference, folder_of(path))?;
+    let size = disk.geometry.virtual_size();
+    let cluster_size = disk.geometry.cluster_size();
+    let map = ClusterMap { cluster_size, allocation: disk.allocation()? };
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let chain = Chain::new([ChainLayer::add_cow(raw, size, Arc::new(map))]);
+    let pace = Pace::default();
+    match format {
+        DiskFormat::Raw => {
+            let base = open_raw_base(&base_path, &disk)?;
+            block_on(async {
+                grow(&base, size).await?;
+                commit(&chain, &Base::Raw(&base), pace, progress).await
+            })?;
+        }
+        DiskFormat::AddCow => {
+            let base = open_add_cow_base(&base_path, &disk)?;
+            let base = base.handle(FileStorage::new);
+            block_on(commit(&chain, &Base::AddCow(&base), pace, progress))?;
+        }
+        other => {
+            return Err(JobError::Refused(format!(
+                "backing file '{}' has format '{other}': only raw and add-cow files can be \
+                 committed into",
+                base_path.display()
+            )));
+        }
+    }
+    if keep { Ok(()) } else { empty(&disk) }
+}
+
+/// Opens a raw base for writing.
+fn open_raw_base(path: &Path, disk: &DiskFiles) -> Result<FileStorage, JobError> {
+    let base = open_unlocked(FileRole::Backing, path, Access::ReadWrite, CacheMode::Buffered)?;
+    // Before it is locked: a file that is locked already would refuse itself in other words.
+    check_distinct(FileRole::Backing, &base, FileRole::Side, &disk.side)?;
+    check_distinct(FileRole::Backing, &base, FileRole::Raw, &disk.raw)?;
+    lock_for(FileRole::Backing, &base, Access::ReadWrite, Locking::On)?;
+    Ok(FileStorage::new(base))
 }
 
 /// Copies into `base` what `disk` holds itself: a chain of one layer, the disk alone. The base has

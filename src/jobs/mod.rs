@@ -13,6 +13,7 @@ pub mod convert;
 pub mod copy;
 pub mod error;
 pub mod export;
+pub mod measure;
 mod names;
 pub mod progress;
 pub mod qcow2;

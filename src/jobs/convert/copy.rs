@@ -1,7 +1,4 @@
-//! Converting: what a chain shows gets into a new disk.
-//!
-//! The new disk is a raw file, or an add-cow disk over a backing file of its own, which then holds
-//! only the clusters in which it differs from that file.
+//! Copying for `convert`: into a raw image, or into a disk over a backing file.
 //!
 //! Promises: when this returns the new disk is durable. Before that it is of no use, so it must not
 //! have its name yet.
