@@ -544,7 +544,7 @@ mod tests {
                 block_on(content(all_allocated).write(&disk.create(&[]))).unwrap();
                 disk.operations()
             };
-            assert_eq!(count, if all_allocated { 4 } else { 2 });
+            assert_eq!(count, if all_allocated { 5 } else { 3 });
             for index in 0..count {
                 let disk = SimDisk::new(1);
                 disk.set_fault(index, Fault::Error(libc::EIO), false);

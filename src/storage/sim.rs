@@ -8,8 +8,11 @@
 //! before any operation. An observer sees each change before it lands. Everything random comes
 //! from one seed.
 //!
-//! What it does not model: loss of a file's length (`set_len` is durable at once), sectors torn
-//! below 512 bytes, a medium that lies about a sync.
+//! A changed length is lost and kept like the sectors, whole: the file has one of its lengths since
+//! the last sync, and what a cut-off part held comes back with an older one. What a write adds
+//! to a file's length is kept at once.
+//!
+//! What it does not model: sectors torn below 512 bytes, a medium that lies about a sync.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -50,6 +53,8 @@ pub enum Operation {
     Write(ByteRange),
     /// This range made to read zeros, logged when it has landed in the cache.
     Zero(ByteRange),
+    /// The file cut or grown to this many bytes.
+    SetLen(u64),
     /// A sync, logged when it was called.
     SyncStart,
     /// A sync, logged when it has completed.
@@ -65,6 +70,19 @@ struct SimFile {
     durable: Sectors,
     /// What no sync has made durable, by sector, oldest version first; no list is empty.
     pending: BTreeMap<u64, Vec<Version>>,
+    /// Changes of the length that no sync has made durable, oldest first.
+    resizes: Vec<Resize>,
+}
+
+/// A change of a file's length.
+#[derive(Debug, Clone)]
+struct Resize {
+    /// When it landed; [`NEVER_DURABLE`] once a sync that should have covered it has failed.
+    landed: u64,
+    /// The length before, in bytes.
+    before: u64,
+    /// What the part that was cut off would come back with.
+    cut_off: Sectors,
 }
 
 /// What one write left in a sector.
@@ -133,6 +151,9 @@ impl SimFile {
             }
             !versions.is_empty()
         });
+        if let Some(last) = self.resizes.iter().rposition(|resize| resize.landed < now) {
+            self.resizes.drain(..=last);
+        }
     }
 
     /// Fails to make durable what landed before `now`: no later sync will do it.
@@ -142,15 +163,57 @@ impl SimFile {
                 version.landed = NEVER_DURABLE;
             }
         }
+        for resize in &mut self.resizes {
+            if resize.landed < now {
+                resize.landed = NEVER_DURABLE;
+            }
+        }
+    }
+
+    /// Cuts or grows the file at time `now`. What is new reads zeros.
+    fn set_len(&mut self, now: u64, len: u64) {
+        let before = self.len;
+        let end = len.min(before);
+        let mut cut_off = self.durable.split_off(&end.div_ceil(SECTOR_SIZE));
+        self.pending.split_off(&end.div_ceil(SECTOR_SIZE));
+        // What the last sector holds behind the end must not show when the file grows.
+        let (last, used) = (end / SECTOR_SIZE, usize::try_from(end % SECTOR_SIZE).unwrap_or(0));
+        if used > 0 {
+            if let Some(sector) = self.durable.get_mut(&last) {
+                cut_off.insert(last, *sector);
+                sector[used..].fill(0);
+            }
+            for version in self.pending.get_mut(&last).into_iter().flatten() {
+                version.bytes[used..].fill(0);
+            }
+        }
+        self.resizes.push(Resize { landed: now, before, cut_off });
+        self.len = len;
+    }
+
+    /// How many versions each unsynced thing has: the sectors, then the length.
+    fn unsynced(&self) -> impl Iterator<Item = usize> {
+        let lengths = (!self.resizes.is_empty()).then_some(self.resizes.len());
+        self.pending.values().map(Vec::len).chain(lengths)
     }
 
     /// Loses power: of every unsynced sector the version that `choose` names gets through, given
-    /// how many there are; any higher number keeps the durable content.
+    /// how many there are; any higher number keeps the durable content. So it goes with the length.
     fn cut(&mut self, choose: &mut impl FnMut(usize) -> usize) {
         for (number, versions) in std::mem::take(&mut self.pending) {
             if let Some(version) = versions.get(choose(versions.len())) {
                 self.durable.insert(number, version.bytes);
             }
+        }
+        if !self.resizes.is_empty() {
+            let chosen = choose(self.resizes.len());
+            let kept = if chosen < self.resizes.len() { chosen + 1 } else { 0 };
+            for resize in self.resizes.split_off(kept).into_iter().rev() {
+                self.len = resize.before;
+                self.durable.extend(resize.cut_off);
+            }
+            self.resizes.clear();
+            self.durable.split_off(&self.len.div_ceil(SECTOR_SIZE));
         }
     }
 }
@@ -164,6 +227,8 @@ pub enum OperationKind {
     Write,
     /// Zeroing.
     Zero,
+    /// Changes of the length.
+    SetLen,
     /// Syncs.
     Sync,
 }
@@ -286,19 +351,20 @@ impl SimDisk {
 
     /// Loses power as [`SimDisk::power_cut`], with `choose` in place of chance: for every unsynced
     /// sector, by file and number, it is told how many versions there are and names the one that
-    /// got through, oldest first; that number itself stands for none of them.
+    /// got through, oldest first; that number itself stands for none of them. After the sectors of
+    /// a file comes its length, if that is unsynced.
     pub fn power_cut_choosing(&self, mut choose: impl FnMut(usize) -> usize) {
         for file in &mut self.state.borrow_mut().files {
             file.cut(&mut choose);
         }
     }
 
-    /// How many versions every unsynced sector has, in the order of
+    /// How many versions every unsynced sector and length has, in the order of
     /// [`SimDisk::power_cut_choosing`].
     #[must_use]
     pub fn unsynced(&self) -> Vec<usize> {
         let state = self.state.borrow();
-        state.files.iter().flat_map(|file| file.pending.values().map(Vec::len)).collect()
+        state.files.iter().flat_map(SimFile::unsynced).collect()
     }
 
     /// Lets the power go before operation number `index`: it and all after it stay unfinished for
@@ -344,17 +410,19 @@ impl SimDisk {
         self.state.borrow().log.clone()
     }
 
-    /// Counts an operation in. Returns its time and what is to go wrong with it. Never ready once
-    /// the power is gone.
+    /// Counts an operation in. Returns its time and what is to go wrong with it; `None` if the power
+    /// is gone.
+    fn count(&self, file: usize, kind: OperationKind) -> Option<(u64, Option<Fault>)> {
+        let state = &mut *self.state.borrow_mut();
+        let index = state.started;
+        state.is_stopped |= state.stop.is_some_and(|stop| index >= stop);
+        state.started += u64::from(!state.is_stopped);
+        (!state.is_stopped).then(|| (index, state.fault_of(index, file, kind)))
+    }
+
+    /// The same. Never ready once the power is gone.
     async fn start(&self, file: usize, kind: OperationKind) -> (u64, Option<Fault>) {
-        let started = {
-            let state = &mut *self.state.borrow_mut();
-            let index = state.started;
-            state.is_stopped |= state.stop.is_some_and(|stop| index >= stop);
-            state.started += u64::from(!state.is_stopped);
-            (!state.is_stopped).then(|| (index, state.fault_of(index, file, kind)))
-        };
-        match started {
+        match self.count(file, kind) {
             Some(started) => started,
             None => std::future::pending().await,
         }
@@ -500,12 +568,19 @@ impl Storage for SimStorage {
         Ok(self.disk.state.borrow().files[self.file].len)
     }
 
+    /// Takes no time. Once the power is gone it fails, for want of a way to wait; whoever drives
+    /// the task then finds the disk stopped.
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let file = &mut self.disk.state.borrow_mut().files[self.file];
-        let kept = len.div_ceil(SECTOR_SIZE);
-        file.durable.retain(|number, _| *number < kept);
-        file.pending.retain(|number, _| *number < kept);
-        file.len = len;
+        let Some((_, fault)) = self.disk.count(self.file, OperationKind::SetLen) else {
+            return Err(io::Error::other("the power is gone"));
+        };
+        if let Some(Fault::Error(code)) = fault {
+            return Err(io::Error::from_raw_os_error(code));
+        }
+        self.disk.show(self.file, Operation::SetLen(len), &[]);
+        let state = &mut *self.disk.state.borrow_mut();
+        state.files[self.file].set_len(state.started, len);
+        state.log.push((self.file, Operation::SetLen(len)));
         Ok(())
     }
 
@@ -525,5 +600,62 @@ impl Storage for SimStorage {
         let range = ByteRange::between(first * SECTOR_SIZE, behind * SECTOR_SIZE);
         let range = range.intersect(ByteRange::between(offset, file.len));
         Ok((!range.is_empty()).then_some(range))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::executor::block_on;
+
+    /// A file of three sectors, each full of its number.
+    fn file() -> (SimDisk, SimStorage) {
+        let disk = SimDisk::new(1);
+        disk.set_max_delay(0);
+        let content: Vec<u8> = (1..=3).flat_map(|byte| [byte; SECTOR_LEN]).collect();
+        let file = disk.create(&content);
+        (disk, file)
+    }
+
+    #[test]
+    fn a_length_without_a_sync_may_be_lost_and_brings_back_what_was_cut_off() {
+        let (disk, file) = file();
+        file.set_len(512).unwrap();
+        file.set_len(1536).unwrap();
+        let grown: Vec<u8> = [1, 0, 0].into_iter().flat_map(|byte| [byte; SECTOR_LEN]).collect();
+        assert_eq!(file.content(), grown, "what was cut off is gone");
+        assert_eq!(disk.unsynced(), [2]);
+        let after = |choice| {
+            let disk = disk.fork();
+            disk.power_cut_choosing(|_| choice);
+            disk.file(0).content()
+        };
+        assert_eq!(after(0), [1; 512]);
+        assert_eq!(after(1), grown);
+        let old: Vec<u8> = (1..=3).flat_map(|byte| [byte; SECTOR_LEN]).collect();
+        assert_eq!(after(2), old);
+        block_on(file.sync()).unwrap();
+        assert!(disk.unsynced().is_empty());
+        disk.power_cut();
+        assert_eq!(file.content(), grown);
+    }
+
+    #[test]
+    fn a_part_of_a_sector_that_was_cut_off_does_not_come_back() {
+        let (disk, file) = file();
+        file.set_len(1000).unwrap();
+        file.set_len(1024).unwrap();
+        block_on(file.sync()).unwrap();
+        disk.power_cut();
+        assert_eq!(file.content()[999..], [&[2][..], &[0; 24]].concat());
+    }
+
+    #[test]
+    fn a_length_cannot_be_changed_without_power() {
+        let (disk, file) = file();
+        disk.stop_at(0);
+        assert!(file.set_len(0).is_err());
+        assert!(disk.is_stopped());
+        assert_eq!(file.file_len().unwrap(), 1536);
     }
 }
