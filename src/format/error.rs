@@ -247,6 +247,17 @@ pub enum FormatError {
         header_size: u64,
     },
 
+    /// The header area has no room for another name beside those in use.
+    #[error(
+        "the header of {header_size} bytes has no gap for another backing file name of {len} bytes"
+    )]
+    NoGap {
+        /// Bytes of the new name.
+        len: usize,
+        /// Length of the header area in bytes.
+        header_size: u64,
+    },
+
     /// A disk whose size is no file offset.
     #[error("disk of {size} bytes is larger than the largest possible file, {max} bytes")]
     DiskTooLarge {

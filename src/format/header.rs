@@ -38,29 +38,29 @@ const MAGIC: [u8; 4] = *b"ACOW";
 const OLD_MAGIC: [u8; 8] = *b"ADD_COW\xff";
 
 /// The fixed part of the header as it lies in the file; all integers are little-endian.
-#[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
-struct FixedHeader {
+pub(super) struct FixedHeader {
     /// [`MAGIC`].
     magic: [u8; 4],
     /// Where in the file the backing file's name starts; 0 if there is none.
-    backing_offset: U32,
+    pub(super) backing_offset: U32,
     /// Bytes of the backing file's name; 0 if there is none.
-    backing_size: U32,
+    pub(super) backing_size: U32,
     /// Where in the file the image file's name starts.
-    image_offset: U32,
+    pub(super) image_offset: U32,
     /// Bytes of the image file's name (not of the file).
-    image_size: U32,
+    pub(super) image_size: U32,
     /// log2 of the cluster size in bytes.
     cluster_bits: U32,
     /// Bits that a reader must know; none is defined.
     features: U64,
     /// Bits that a reader may ignore.
-    compat_features: U64,
+    pub(super) compat_features: U64,
     /// Bytes of the header area, at whose end the bitmap starts.
     header_size: U32,
     /// Name of the backing file's format, zero padded.
-    backing_fmt: [u8; 16],
+    pub(super) backing_fmt: [u8; 16],
     /// Name of the image file's format, zero padded.
     image_fmt: [u8; 16],
 }
@@ -250,7 +250,7 @@ impl Names<'_> {
 
 impl FixedHeader {
     /// The fixed header at the start of `bytes`, with the magic and the feature bits checked.
-    fn parse(bytes: &[u8]) -> Result<&Self, FormatError> {
+    pub(super) fn parse(bytes: &[u8]) -> Result<&Self, FormatError> {
         if bytes.starts_with(&OLD_MAGIC) {
             return Err(FormatError::OldMagic);
         }

@@ -21,6 +21,7 @@
 )]
 
 pub mod bitmap;
+pub mod change;
 pub mod error;
 pub mod header;
 pub mod qcow2;
@@ -28,6 +29,7 @@ pub mod qed;
 pub mod reference;
 
 pub use bitmap::{BitmapGeometry, decode_words, encode_words};
+pub use change::HeaderChange;
 pub use error::FormatError;
 pub use header::{FIXED_HEADER_LEN, Header, MAX_HEADER_LEN, is_add_cow};
 pub use reference::{FileName, FileReference, FileRole};
