@@ -23,6 +23,9 @@ pub struct ByteRange {
 }
 
 impl ByteRange {
+    /// The range of no byte, at 0.
+    pub const EMPTY: Self = Self { start: 0, end: 0 };
+
     /// The range of `len` bytes from `start`, or `None` if its end does not fit in 64 bits.
     #[must_use]
     pub fn new(start: u64, len: u64) -> Option<Self> {

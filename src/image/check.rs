@@ -135,7 +135,15 @@ pub fn add_cow(path: &Path, repair: bool, locking: Locking) -> Result<CheckRepor
     };
     // Only whether it can be used at all.
     disk.open_backing(CacheMode::Buffered)?;
-    let error = |action| io_error(action, FileRole::Side, path);
+    files(&disk, repair)
+}
+
+/// Checks a disk whose own files are open; the add-cow file for writing if it is to be repaired.
+///
+/// # Errors
+/// As [`add_cow`], if the files cannot be read.
+pub fn files(disk: &DiskFiles, repair: bool) -> Result<CheckReport, OpenError> {
+    let error = |action| io_error(action, FileRole::Side, disk.side.path());
     let storage = FileStorage::new(Arc::clone(&disk.side));
     let bits = block_on(count(&storage, &disk.geometry)).map_err(error("read"))?;
     let mut leaks_fixed = 0;
@@ -144,7 +152,7 @@ pub fn add_cow(path: &Path, repair: bool, locking: Locking) -> Result<CheckRepor
         block_on(clear_stray(&storage, &disk.geometry)).map_err(error("clear stray bits of"))?;
         leaks_fixed = std::mem::take(&mut stray);
     }
-    let findings = judge(&disk, file_len(FileRole::Side, &disk.side)?, bits.allocated, stray);
+    let findings = judge(disk, file_len(FileRole::Side, &disk.side)?, bits.allocated, stray);
     let clusters = disk.geometry.clusters();
     let allocated = if disk.header.all_allocated { clusters } else { bits.allocated };
     Ok(CheckReport { geometry: Some(disk.geometry), allocated, findings, leaks_fixed })

@@ -1,5 +1,6 @@
 //! Why a job ended early.
 
+use crate::format::FormatError;
 use crate::image::{ImageError, OpenError};
 use crate::jobs::progress::Interrupted;
 
@@ -12,6 +13,9 @@ pub enum JobError {
     /// The disk could not be read or written.
     #[error(transparent)]
     Image(#[from] ImageError),
+    /// The add-cow file's header cannot say what it would have to say. Nothing was changed.
+    #[error("cannot change the header of the add-cow file")]
+    Header(#[source] FormatError),
     /// It was told to stop.
     #[error(transparent)]
     Interrupted(#[from] Interrupted),

@@ -15,8 +15,11 @@ pub mod error;
 pub mod export;
 pub mod measure;
 mod names;
+pub mod parts;
 pub mod progress;
 pub mod qcow2;
+pub mod reset;
+pub mod resize;
 pub mod stream;
 
 pub use error::JobError;
