@@ -14,13 +14,19 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::executor::block_on;
+use crate::format::BitmapGeometry;
 use crate::image::chain::open::resolve;
 use crate::image::chain::{Chain, ChainLayer, ClusterMap, DiskFormat};
 use crate::image::inspect::{DiskAccess, DiskFiles};
-use crate::image::open::{check_distinct, folder_of, lock_for, open_unlocked};
-use crate::image::{FileRole, Image, ImageError};
+use crate::image::open::{
+    OpenImage, OpenOptions, add_cow, check_distinct, folder_of, lock_for, open_unlocked,
+};
+use crate::image::{FileRole, Image, ImageError, OpenError};
 use crate::jobs::copy::{Pace, Piece, Pieces};
+use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
+use crate::jobs::reset::reset;
+use crate::jobs::resize::resize;
 use crate::jobs::{JobError, copy};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode};
@@ -138,6 +144,35 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
     if keep { Ok(()) } else { empty(&disk) }
 }
 
+/// Takes everything out of a disk whose base shows the same.
+fn empty(disk: &DiskFiles) -> Result<(), JobError> {
+    let side = FileStorage::new(Arc::clone(&disk.side));
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let (header, geometry) = (disk.header.clone(), disk.geometry);
+    block_on(reset(&DiskParts { side: &side, raw: &raw, header, geometry }))
+}
+
+/// Opens an add-cow base for writing, and makes it at least as long as the disk.
+fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobError> {
+    let base = DiskFiles::open(path, DiskAccess::WRITE)?;
+    let size = disk.geometry.virtual_size();
+    if base.geometry.virtual_size() < size {
+        let cluster_size = base.geometry.cluster_size();
+        let new = BitmapGeometry::new(cluster_size, size)
+            .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
+        let below = base.open_backing(CacheMode::Buffered)?;
+        let below = below.map(|chain| chain.handle(FileStorage::new));
+        let side = FileStorage::new(Arc::clone(&base.side));
+        let raw = FileStorage::new(Arc::clone(&base.raw));
+        let (header, geometry) = (base.header.clone(), base.geometry);
+        let parts = DiskParts { side: &side, raw: &raw, header, geometry };
+        block_on(resize(&parts, below.as_ref(), new))?;
+    }
+    // It refuses to be opened a second time while it is locked.
+    drop(base);
+    Ok(add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?)
+}
+
 /// Opens a raw base for writing.
 fn open_raw_base(path: &Path, disk: &DiskFiles) -> Result<FileStorage, JobError> {
     let base = open_unlocked(FileRole::Backing, path, Access::ReadWrite, CacheMode::Buffered)?;
@@ -200,7 +235,7 @@ pub async fn commit<S: Storage>(
     )
     .await?;
     base.sync().await?;
-    Ok(())
+    Ok(progress.update(total, total)?)
 }
 
 /// Makes a raw base at least `len` bytes long, durably: what is committed must fit. The disk shows

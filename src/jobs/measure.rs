@@ -6,6 +6,7 @@
 //! Not here: how much space a disk takes on its file system.
 
 use crate::format::BitmapGeometry;
+use crate::format::bitmap::MAX_VIRTUAL_SIZE;
 use crate::image::OpenError;
 use crate::image::create::{default_cluster_size, new_geometry};
 use crate::units::{ClusterSize, SECTOR_SIZE};
@@ -26,9 +27,11 @@ pub enum Target {
 /// # Errors
 /// An [`OpenError`] if there is no such disk.
 pub fn measure(target: Target, size: u64) -> Result<u64, OpenError> {
-    let too_large =
-        OpenError::InvalidSize { size, problem: "larger than the largest possible file" };
-    let size = size.checked_next_multiple_of(SECTOR_SIZE).ok_or(too_large)?;
+    if size > MAX_VIRTUAL_SIZE {
+        let problem = "larger than the largest possible file, 8 EiB less one byte";
+        return Err(OpenError::InvalidSize { size, problem });
+    }
+    let size = size.next_multiple_of(SECTOR_SIZE);
     match target {
         Target::Raw => Ok(size),
         Target::AddCow(cluster) => {

@@ -75,7 +75,8 @@ pub async fn to_raw<S: Storage>(
         },
     )
     .await?;
-    Ok(target.sync().await.map_err(write_error("sync", 0..0))?)
+    target.sync().await.map_err(write_error("sync", 0..0))?;
+    Ok(progress.update(total, total)?)
 }
 
 /// Writes `data` to a file that reads zeros there.
@@ -169,7 +170,8 @@ pub async fn to_overlay<S: Storage>(
         },
     )
     .await?;
-    Ok(target.flush().await?)
+    target.flush().await?;
+    Ok(progress.update(total, total)?)
 }
 
 /// Writes those clusters of `ours` to `target` in which it differs from `theirs`, which is what the

@@ -19,11 +19,11 @@ use crate::image::allocation::AllocationMap;
 use crate::image::chain::open::resolve;
 use crate::image::chain::{ChainOptions, DiskFormat, OpenChain};
 use crate::image::create::{CreateOptions, NewSide, default_cluster_size, new_geometry};
-use crate::image::open::{check_distinct, check_raw, folder_of, io_error, lock_for};
+use crate::image::open::{check_raw, folder_of, io_error, lock_for};
 use crate::image::{FileRole, Image, ImageState, OpenError};
 use crate::jobs::JobError;
 use crate::jobs::copy::Pace;
-use crate::jobs::names::new_file_error;
+use crate::jobs::names::{is_same_folder, new_file_error};
 use crate::jobs::progress::Progress;
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
@@ -136,8 +136,10 @@ fn check_new(
     let Ok(old) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) else {
         return Ok(None);
     };
-    for file in chains.iter().flat_map(|chain| chain.layers()).flat_map(|layer| layer.files()) {
-        check_distinct(role, &old, FileRole::Disk, file)?;
+    let layers = chains.iter().flat_map(|chain| chain.layers());
+    if layers.flat_map(|layer| layer.files()).any(|file| file.identity() == old.identity()) {
+        let name = path.display();
+        return Err(JobError::Refused(format!("'{name}' cannot be replaced: it is read")));
     }
     lock_for(role, &old, Access::ReadWrite, Locking::On)?;
     Ok(Some(old))
@@ -182,6 +184,14 @@ impl<'a> NewDisk<'a> {
             }
             None => None,
         };
+        if path.file_name() == image_path.file_name()
+            && is_same_folder(folder, folder_of(&image_path))?
+        {
+            let name = path.display();
+            return Err(JobError::Refused(format!(
+                "'{name}' cannot be the add-cow file and its image file"
+            )));
+        }
         let chains: Vec<&OpenChain> = [source].into_iter().chain(&backing).collect();
         let replaced = check_new(FileRole::Side, path, options.force, &chains)?;
         let header = Header {
@@ -193,9 +203,6 @@ impl<'a> NewDisk<'a> {
         };
         let geometry = new_geometry(path, header.cluster_size, size)?;
         let raw = NewRaw::create(FileRole::Raw, &image_path, options.force, size, &chains)?;
-        if let (Some(raw), Some(side)) = (&raw.replaced, &replaced) {
-            check_distinct(FileRole::Raw, raw, FileRole::Side, side)?;
-        }
         Ok(Self { options, source, backing, header, geometry, raw, _replaced: replaced })
     }
 
