@@ -16,6 +16,8 @@ use addcow::executor::block_on;
 use addcow::image::chain::Chain;
 use addcow::jobs::commit::{Base, commit, grow};
 use addcow::jobs::copy::Pace;
+use addcow::jobs::parts::DiskParts;
+use addcow::jobs::reset::reset;
 use addcow::jobs::stream::stream;
 use addcow::jobs::{JobError, Unwatched};
 use fastrand::Rng;
@@ -29,18 +31,25 @@ fn pace(rng: &mut Rng) -> Pace {
 
 /// Streams into the disk.
 async fn stream_into(stack: &Stack, pace: Pace) -> Result<(), JobError> {
-    stream(&stack.open(0).await, &stack.side(0), pace, &Unwatched).await
+    let (side, raw) = (stack.side(0), stack.raw(0));
+    let parts = DiskParts::load(&side, &raw).await.expect("an image opens without repair (P1)");
+    stream(&stack.open(0).await, &parts, pace, &Unwatched).await
 }
 
-/// Commits the disk into what is below it: an add-cow disk if there is one, or else the raw file.
+/// Commits the disk into what is below it, an add-cow disk if there is one, or else the raw file;
+/// and empties it.
 async fn commit_from(stack: &Stack, pace: Pace) -> Result<(), JobError> {
     let disk = Chain::new([stack.layer(0).await]);
     if stack.shape.overlays.len() > 1 {
-        return commit(&disk, &Base::AddCow(&stack.open(1).await), pace, &Unwatched).await;
+        commit(&disk, &Base::AddCow(&stack.open(1).await), pace, &Unwatched).await?;
+    } else {
+        let base = stack.base().expect("made with one");
+        grow(&base, disk.virtual_size()).await?;
+        commit(&disk, &Base::Raw(&base), pace, &Unwatched).await?;
     }
-    let base = stack.base().expect("made with one");
-    grow(&base, disk.virtual_size()).await?;
-    commit(&disk, &Base::Raw(&base), pace, &Unwatched).await
+    let (side, raw) = (stack.side(0), stack.raw(0));
+    let parts = DiskParts::load(&side, &raw).await.expect("an image opens without repair (P1)");
+    reset(&parts).await
 }
 
 /// Checks that a disk shows what it showed, and again after a second cut: reading changes nothing.
@@ -121,6 +130,8 @@ fn check_committed(stack: &Stack, what: &str) {
         1 => stack.base().expect("made with one").content(),
         _ => stack.bytes(1),
     };
+    let map = block_on(stack.map(0)).1;
+    assert_eq!(map.count(), Some(0), "{what}: the disk is not empty");
     let (start, rest) = base.split_at(stack.content().len());
     assert!(start == stack.content(), "{what}: the base is not the disk");
     let old_rest = stack.contents[1].get(start.len()..).unwrap_or_default();

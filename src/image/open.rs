@@ -202,7 +202,7 @@ pub(crate) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result
 }
 
 /// The path of a file that must be raw.
-pub(super) fn check_raw(
+pub(crate) fn check_raw(
     role: FileRole,
     reference: &FileReference,
     folder: &Path,

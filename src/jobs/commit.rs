@@ -10,12 +10,27 @@
 //! Not here: making the base longer, and emptying the disk afterwards (`jobs::reset`).
 
 use std::cell::Cell;
+use std::path::Path;
+use std::sync::Arc;
 
-use crate::image::chain::Chain;
-use crate::image::{FileRole, Image, ImageError};
+use crate::executor::block_on;
+use crate::format::BitmapGeometry;
+use crate::image::chain::open::resolve;
+use crate::image::chain::{Chain, ChainLayer, ClusterMap, DiskFormat};
+use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::open::{
+    OpenImage, OpenOptions, add_cow, check_distinct, folder_of, lock_for, open_unlocked,
+};
+use crate::image::{FileRole, Image, ImageError, OpenError};
 use crate::jobs::copy::{Pace, Piece, Pieces};
+use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
+use crate::jobs::reset::reset;
+use crate::jobs::resize::resize;
 use crate::jobs::{JobError, copy};
+use crate::storage::file::FileStorage;
+use crate::storage::host_file::{Access, CacheMode};
+use crate::storage::lock::Locking;
 use crate::storage::{IoBuffer, Storage, sparse, transfer};
 use crate::units::ByteRange;
 
@@ -85,6 +100,89 @@ impl<S: Storage> Base<'_, S> {
     }
 }
 
+/// Commits the add-cow disk `path` into its backing file, see [`commit`], and empties it unless
+/// `keep`.
+///
+/// # Errors
+/// `Open` and `Refused` with nothing changed; else as [`commit`].
+pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<(), JobError> {
+    let disk = DiskFiles::open(path, DiskAccess::WRITE)?;
+    let Some(reference) = &disk.header.backing else {
+        return Err(JobError::Refused(format!(
+            "'{}' has no backing file to commit into",
+            path.display()
+        )));
+    };
+    let (base_path, format) = resolve(reference, folder_of(path))?;
+    let size = disk.geometry.virtual_size();
+    let cluster_size = disk.geometry.cluster_size();
+    let map = ClusterMap { cluster_size, allocation: disk.allocation()? };
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let chain = Chain::new([ChainLayer::add_cow(raw, size, Arc::new(map))]);
+    let pace = Pace::default();
+    match format {
+        DiskFormat::Raw => {
+            let base = open_raw_base(&base_path, &disk)?;
+            block_on(async {
+                grow(&base, size).await?;
+                commit(&chain, &Base::Raw(&base), pace, progress).await
+            })?;
+        }
+        DiskFormat::AddCow => {
+            let base = open_add_cow_base(&base_path, &disk)?;
+            let base = base.handle(FileStorage::new);
+            block_on(commit(&chain, &Base::AddCow(&base), pace, progress))?;
+        }
+        other => {
+            return Err(JobError::Refused(format!(
+                "backing file '{}' has format '{other}': only raw and add-cow files can be \
+                 committed into",
+                base_path.display()
+            )));
+        }
+    }
+    if keep { Ok(()) } else { empty(&disk) }
+}
+
+/// Takes everything out of a disk whose base shows the same.
+fn empty(disk: &DiskFiles) -> Result<(), JobError> {
+    let side = FileStorage::new(Arc::clone(&disk.side));
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let (header, geometry) = (disk.header.clone(), disk.geometry);
+    block_on(reset(&DiskParts { side: &side, raw: &raw, header, geometry }))
+}
+
+/// Opens an add-cow base for writing, and makes it at least as long as the disk.
+fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobError> {
+    let base = DiskFiles::open(path, DiskAccess::WRITE)?;
+    let size = disk.geometry.virtual_size();
+    if base.geometry.virtual_size() < size {
+        let cluster_size = base.geometry.cluster_size();
+        let new = BitmapGeometry::new(cluster_size, size)
+            .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
+        let below = base.open_backing(CacheMode::Buffered)?;
+        let below = below.map(|chain| chain.handle(FileStorage::new));
+        let side = FileStorage::new(Arc::clone(&base.side));
+        let raw = FileStorage::new(Arc::clone(&base.raw));
+        let (header, geometry) = (base.header.clone(), base.geometry);
+        let parts = DiskParts { side: &side, raw: &raw, header, geometry };
+        block_on(resize(&parts, below.as_ref(), new))?;
+    }
+    // It refuses to be opened a second time while it is locked.
+    drop(base);
+    Ok(add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?)
+}
+
+/// Opens a raw base for writing.
+fn open_raw_base(path: &Path, disk: &DiskFiles) -> Result<FileStorage, JobError> {
+    let base = open_unlocked(FileRole::Backing, path, Access::ReadWrite, CacheMode::Buffered)?;
+    // Before it is locked: a file that is locked already would refuse itself in other words.
+    check_distinct(FileRole::Backing, &base, FileRole::Side, &disk.side)?;
+    check_distinct(FileRole::Backing, &base, FileRole::Raw, &disk.raw)?;
+    lock_for(FileRole::Backing, &base, Access::ReadWrite, Locking::On)?;
+    Ok(FileStorage::new(base))
+}
+
 /// Copies into `base` what `disk` holds itself: a chain of one layer, the disk alone. The base has
 /// it durably when this returns.
 ///
@@ -137,7 +235,7 @@ pub async fn commit<S: Storage>(
     )
     .await?;
     base.sync().await?;
-    Ok(())
+    Ok(progress.update(total, total)?)
 }
 
 /// Makes a raw base at least `len` bytes long, durably: what is committed must fit. The disk shows

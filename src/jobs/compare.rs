@@ -116,6 +116,9 @@ pub async fn compare<S: Storage>(
         },
     )
     .await?;
+    if found.get().is_none() {
+        progress.update(total, total)?;
+    }
     Ok(found.get())
 }
 

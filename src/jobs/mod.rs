@@ -14,6 +14,7 @@ pub mod copy;
 pub mod detach;
 pub mod error;
 pub mod export;
+pub mod measure;
 mod names;
 pub mod parts;
 pub mod progress;

@@ -62,7 +62,7 @@ fn name_error(new: &Path) -> impl FnOnce(FormatError) -> JobError {
 }
 
 /// Whether two paths lead to the same folder.
-fn is_same_folder(one: &Path, other: &Path) -> Result<bool, JobError> {
+pub(super) fn is_same_folder(one: &Path, other: &Path) -> Result<bool, JobError> {
     let identity = |path: &Path| {
         let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
         let found = metadata(path).map_err(io_error("look into", ImageRole::Disk, path))?;

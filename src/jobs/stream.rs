@@ -15,19 +15,17 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::executor::block_on;
-use crate::format::header::COMPAT_ALL_ALLOCATED;
+use crate::format::{BitmapGeometry, HeaderChange};
 use crate::image::open::{OpenOptions, add_cow};
 use crate::image::populate::Below;
-use crate::image::{FileRole, Image, ImageError};
+use crate::image::{Image, OpenError};
 use crate::jobs::copy::{Pace, Pieces};
+use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
 use crate::jobs::{JobError, copy};
+use crate::storage::Storage;
 use crate::storage::file::FileStorage;
-use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::ByteRange;
-
-/// Where in the add-cow file the word of compatible features is (docs/format.md, "Header").
-const COMPAT_WORD: u64 = 32;
 
 /// The most bytes that one step makes zeros: an end to it must be near.
 const MAX_ZEROS: u64 = 1 << 30;
@@ -38,13 +36,17 @@ const MAX_ZEROS: u64 = 1 << 30;
 /// `Open` if the disk cannot be used, with nothing changed; else as [`stream`].
 pub fn stream_disk(path: &Path, progress: &impl Progress) -> Result<(), JobError> {
     let disk = add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
-    let Some(side) = &disk.side else { return Ok(()) };
+    let (Some(side), Some(header)) = (&disk.side, &disk.header) else { return Ok(()) };
+    let geometry = BitmapGeometry::new(header.cluster_size, disk.state.virtual_size())
+        .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
     let side = FileStorage::new(Arc::clone(side));
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let parts = DiskParts { side: &side, raw: &raw, header: header.clone(), geometry };
     let image = disk.handle(FileStorage::new);
-    block_on(stream(&image, &side, Pace::default(), progress))
+    block_on(stream(&image, &parts, Pace::default(), progress))
 }
 
-/// Streams into `image`, whose add-cow file `side` is.
+/// Streams into `image`, whose files `parts` are.
 ///
 /// # Errors
 /// `Image` if the host failed, `Interrupted`. The disk shows what it showed, and another call goes
@@ -54,7 +56,7 @@ pub fn stream_disk(path: &Path, progress: &impl Progress) -> Result<(), JobError
 /// None, see [`Image`].
 pub async fn stream<S: Storage>(
     image: &Image<S>,
-    side: &S,
+    parts: &DiskParts<'_, S>,
     pace: Pace,
     progress: &impl Progress,
 ) -> Result<(), JobError> {
@@ -63,7 +65,9 @@ pub async fn stream<S: Storage>(
     let flushed = image.flush().await;
     copied?;
     flushed?;
-    set_all_allocated(side).await
+    // Only now, when every bit is durable (docs/format.md, "Feature words").
+    let change = parts.plan_header(|area| HeaderChange::to_all_allocated(area, true)).await?;
+    parts.change_header(change).await
 }
 
 /// Copies every cluster that is not allocated.
@@ -75,7 +79,7 @@ async fn copy_all<S: Storage>(
     let state = image.state();
     let size = state.cluster_size();
     let clusters = size.count(state.virtual_size());
-    let Some(allocated) = state.allocation().count() else { return Ok(()) };
+    let allocated = state.allocation().count().unwrap_or(clusters);
     let total = (clusters - allocated.min(clusters)).saturating_mul(size.bytes());
     let (mut next, mut done, mut unflushed) = (0, 0_u64, 0);
     progress.update(0, total)?;
@@ -132,18 +136,4 @@ async fn step<S: Storage>(
     // Zeros that do not fill a cluster are read with what follows.
     let len = if piece.is_zero { pace.step_len } else { piece.range.len().min(pace.step_len) };
     Ok((clusters.start..limit(len), Below::Unknown))
-}
-
-/// Says in the header that every cluster is allocated, which is so, durably.
-async fn set_all_allocated<S: Storage>(side: &S) -> Result<(), JobError> {
-    let range = ByteRange::between(COMPAT_WORD, COMPAT_WORD + 8);
-    let io = |action| ImageError::io(action, FileRole::Side, range);
-    let buffer = IoBuffer::zeroed(8);
-    transfer::read_exact(side, range.start(), buffer.clone()).await.map_err(io("read"))?;
-    let mut word = [0; 8];
-    buffer.copy_to(0, &mut word);
-    word = (u64::from_le_bytes(word) | COMPAT_ALL_ALLOCATED).to_le_bytes();
-    buffer.copy_from(0, &word);
-    transfer::write_all(side, range.start(), buffer).await.map_err(io("write"))?;
-    Ok(side.sync().await.map_err(io("sync"))?)
 }

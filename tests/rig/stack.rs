@@ -208,7 +208,7 @@ impl Stack {
     }
 
     /// What the side file of an overlay says now.
-    async fn map(&self, overlay: usize) -> (BitmapGeometry, AllocationMap) {
+    pub async fn map(&self, overlay: usize) -> (BitmapGeometry, AllocationMap) {
         let header = self.header(overlay).await;
         let len = self.raw(overlay).file_len().expect("no fault there");
         let geometry = BitmapGeometry::new(header.cluster_size, len).expect("as it was made");

@@ -89,10 +89,10 @@ const KEYS: [Key; 6] = [
 ];
 
 /// The values of [`KEYS`], from wherever they were given.
-type Values = [Option<OsString>; KEYS.len()];
+pub(super) type Values = [Option<OsString>; KEYS.len()];
 
 /// What was given with `-o`: where in [`KEYS`] the key is, and the value.
-type Given = Vec<(usize, OsString)>;
+pub(super) type Given = Vec<(usize, OsString)>;
 
 /// Makes a disk.
 pub fn run(arguments: Arguments) -> Outcome {
@@ -135,7 +135,7 @@ pub(super) fn with_advice(error: OpenError) -> Box<dyn Error> {
 }
 
 /// What the image module wants to know.
-fn create_options(
+pub(super) fn create_options(
     disk: PathBuf,
     values: Values,
     force: bool,
@@ -205,12 +205,12 @@ fn reference(
 }
 
 /// A size in bytes.
-fn parse_size(text: &OsStr) -> Result<u64, size::SizeError> {
+pub(super) fn parse_size(text: &OsStr) -> Result<u64, size::SizeError> {
     size::parse(&text.to_string_lossy())
 }
 
 /// A cluster size that may be written.
-fn parse_cluster_size(text: &OsStr) -> Result<ClusterSize, Box<dyn Error>> {
+pub(super) fn parse_cluster_size(text: &OsStr) -> Result<ClusterSize, Box<dyn Error>> {
     let bytes = parse_size(text)?;
     ClusterSize::from_bytes(bytes).filter(|cluster| cluster.bytes() >= 4096).ok_or_else(|| {
         let text = text.display();
@@ -220,7 +220,7 @@ fn parse_cluster_size(text: &OsStr) -> Result<ClusterSize, Box<dyn Error>> {
 
 /// The keys and values in all `-o`, or `None` if help is asked for. A comma in a value is written
 /// twice.
-fn split_options(options: &[OsString]) -> Result<Option<Given>, Box<dyn Error>> {
+pub(super) fn split_options(options: &[OsString]) -> Result<Option<Given>, Box<dyn Error>> {
     let mut given = Vec::new();
     for options in options {
         for option in split_at_commas(options.as_bytes()) {
@@ -287,7 +287,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Both ways to give a value, of which only one may be used.
-fn merge(mut values: Values, given: Given) -> Result<Values, Box<dyn Error>> {
+pub(super) fn merge(mut values: Values, given: Given) -> Result<Values, Box<dyn Error>> {
     for (index, value) in given {
         let Key { name, same_as, .. } = &KEYS[index];
         if values[index].replace(value).is_some() {
@@ -298,7 +298,7 @@ fn merge(mut values: Values, given: Given) -> Result<Values, Box<dyn Error>> {
 }
 
 /// What `-o help` prints.
-fn options_help() -> String {
+pub(super) fn options_help() -> String {
     let mut text = "Supported options:\n".to_owned();
     for Key { name, help, same_as } in &KEYS {
         // Writing to a string cannot fail.

@@ -7,13 +7,17 @@
 mod adopt;
 mod below;
 mod check;
+mod commit;
+mod compare;
 mod completions;
+mod convert;
 mod create;
 mod detach;
 mod export;
 mod info;
 mod man;
 mod map;
+mod measure;
 mod picture;
 mod rebase;
 mod reset;
@@ -39,6 +43,9 @@ use crate::storage::lock::Locking;
 
 /// The program's name in its messages.
 const PROGRAM: &str = "addcow";
+
+/// What helps a verb that only looks if a file is in use.
+const ADVICE_TO_LOOK: &str = "-U looks at it all the same";
 
 /// Copy-on-write disks over plain raw images.
 #[derive(Debug, Parser)]
@@ -72,6 +79,16 @@ enum Verb {
     Reset(reset::Arguments),
     /// Remove the add-cow file of a disk that is complete without it
     Detach(detach::Arguments),
+    /// Copy everything that a disk shows of its backing files into its image file
+    Stream(stream::Arguments),
+    /// Copy what a disk holds itself into its backing file
+    Commit(commit::Arguments),
+    /// Make a new disk that shows what another one shows
+    Convert(convert::Arguments),
+    /// Find out whether two disks show the same
+    Compare(compare::Arguments),
+    /// Show how long the files of a new disk would be
+    Measure(measure::Arguments),
     /// Make an add-cow disk of a qcow2 file with an external data file, copying nothing
     Adopt(adopt::Arguments),
     /// Make a qcow2 file over the raw image of a disk, copying nothing
@@ -82,8 +99,6 @@ enum Verb {
     /// Make the man pages
     #[command(hide = true)]
     Man(man::Arguments),
-    /// Copy everything that a disk shows of its backing files into its image file
-    Stream(stream::Arguments),
 }
 
 /// What every verb on an existing disk takes.
@@ -106,8 +121,13 @@ struct DiskArguments {
 impl DiskArguments {
     /// Whether the disk's files are locked.
     fn locking(&self) -> Locking {
-        if self.force_share { Locking::Off } else { Locking::On }
+        locking(self.force_share)
     }
+}
+
+/// Whether files are locked, given whether -U was.
+fn locking(force_share: bool) -> Locking {
+    if force_share { Locking::Off } else { Locking::On }
 }
 
 /// The names of the formats on the command line are those in headers.
@@ -144,11 +164,15 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             Verb::Snapshot(arguments) => snapshot::run(arguments),
             Verb::Reset(arguments) => reset::run(&arguments),
             Verb::Detach(arguments) => detach::run(&arguments),
+            Verb::Stream(arguments) => stream::run(&arguments),
+            Verb::Commit(arguments) => commit::run(&arguments),
+            Verb::Convert(arguments) => convert::run(arguments),
+            Verb::Compare(arguments) => compare::run(&arguments),
+            Verb::Measure(arguments) => measure::run(&arguments),
             Verb::Adopt(arguments) => adopt::run(arguments),
             Verb::Export(arguments) => export::run(arguments),
             Verb::Completions(arguments) => completions::run(&arguments),
             Verb::Man(arguments) => man::run(&arguments),
-            Verb::Stream(arguments) => stream::run(&arguments),
         };
         outcome.or_else(|error| with_advice(error, advice))
     })
@@ -158,8 +182,9 @@ impl Verb {
     /// What helps if a file of the disk is in use.
     fn advice_when_in_use(&self) -> &'static str {
         match self {
-            Self::Info(_) | Self::Map(_) => "-U looks at it all the same",
-            Self::Check(arguments) if !arguments.repairs() => "-U looks at it all the same",
+            Self::Info(_) | Self::Map(_) | Self::Measure(_) => ADVICE_TO_LOOK,
+            Self::Check(arguments) if !arguments.repairs() => ADVICE_TO_LOOK,
+            Self::Convert(_) => "stop it; -U reads a disk in use all the same",
             _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
         }
     }

@@ -1,7 +1,4 @@
-//! Converting: what a chain shows gets into a new disk.
-//!
-//! The new disk is a raw file, or an add-cow disk over a backing file of its own, which then holds
-//! only the clusters in which it differs from that file.
+//! Copying for `convert`: into a raw image, or into a disk over a backing file.
 //!
 //! Promises: when this returns the new disk is durable. Before that it is of no use, so it must not
 //! have its name yet.
@@ -78,7 +75,8 @@ pub async fn to_raw<S: Storage>(
         },
     )
     .await?;
-    Ok(target.sync().await.map_err(write_error("sync", 0..0))?)
+    target.sync().await.map_err(write_error("sync", 0..0))?;
+    Ok(progress.update(total, total)?)
 }
 
 /// Writes `data` to a file that reads zeros there.
@@ -172,7 +170,8 @@ pub async fn to_overlay<S: Storage>(
         },
     )
     .await?;
-    Ok(target.flush().await?)
+    target.flush().await?;
+    Ok(progress.update(total, total)?)
 }
 
 /// Writes those clusters of `ours` to `target` in which it differs from `theirs`, which is what the
