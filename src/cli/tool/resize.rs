@@ -141,7 +141,7 @@ mod tests {
         assert_eq!(size("-512k"), Ok(512 << 10));
         assert_eq!(size("-1M"), Ok(0));
         assert_eq!(size("-2M").unwrap_err(), "invalid size '-2M': the disk has 1048576 bytes");
-        for text in ["--1", "+-1", "-", "+", "", "1X", "+15.99999999E"] {
+        for text in ["--1", "+-1", "-", "+", "", "1X", "+15.999999999999999999E"] {
             let error = size(text).unwrap_err();
             assert!(error.starts_with(&format!("invalid size '{text}': ")), "{error}");
         }
