@@ -7,6 +7,7 @@
 //!
 //! Not here: what is done to the disk, and when the power goes.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use addcow::executor::block_on;
@@ -42,11 +43,12 @@ impl Overlay {
         Self { cluster_bits, sectors, allocated: allocated.to_vec(), all_allocated: false }
     }
 
-    /// A small layer, chosen by `rng`; its last cluster is often partial.
-    fn random(rng: &mut Rng) -> Self {
-        let cluster_bits = rng.u32(9..=13);
+    /// A layer of up to so many clusters of a size in `bits`, chosen by `rng`; its last cluster is
+    /// often partial.
+    fn random(rng: &mut Rng, bits: RangeInclusive<u32>, most: u64) -> Self {
+        let cluster_bits = rng.u32(bits);
         let cluster = 1_u64 << cluster_bits;
-        let sectors = rng.u64(1..=6 * cluster / SECTOR);
+        let sectors = rng.u64(1..=most * cluster / SECTOR);
         let clusters = (sectors * SECTOR).div_ceil(cluster);
         let allocated = (0..clusters).filter(|_| rng.u32(0..3) == 0).collect();
         Self { cluster_bits, sectors, allocated, all_allocated: rng.u32(0..16) == 0 }
@@ -107,9 +109,15 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// A disk on `overlays - 1` others, and mostly a raw file, chosen by `rng`.
+    /// A small disk on `overlays - 1` others, and mostly a raw file, chosen by `rng`.
     pub fn random(rng: &mut Rng, overlays: usize) -> Self {
-        let overlays: Vec<_> = (0..overlays).map(|_| Overlay::random(rng)).collect();
+        Self::random_of(rng, overlays, 9..=13, 6)
+    }
+
+    /// The same of up to `most` clusters each, of sizes in `bits`.
+    pub fn random_of(rng: &mut Rng, overlays: usize, bits: RangeInclusive<u32>, most: u64) -> Self {
+        let overlays: Vec<_> =
+            (0..overlays).map(|_| Overlay::random(rng, bits.clone(), most)).collect();
         let len = overlays[0].len();
         let base_len = match rng.u32(0..4) {
             0 => None,
@@ -134,13 +142,15 @@ pub struct Stack {
     pub contents: Vec<Vec<u8>>,
 }
 
-/// Bytes of a layer: each sector different, some of them zeros.
+/// Bytes of a layer: each sector different, some of them zeros, of a large layer long runs too.
 fn data(rng: &mut Rng, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let mut zeros_until = 0;
+    let longest = (len / 512 / 16).max(16);
     for (number, sector) in bytes.chunks_mut(512).enumerate() {
         if rng.u32(0..12) == 0 {
-            zeros_until = number + rng.usize(1..=16);
+            let longest = if rng.u32(0..8) == 0 { longest } else { 16 };
+            zeros_until = number + rng.usize(1..=longest);
         }
         if number >= zeros_until {
             sector.fill_with(|| rng.u8(..));
