@@ -76,16 +76,10 @@ pub fn run(arguments: &Arguments) -> Outcome {
             return error.or_else(|error| Ok(fail(error.as_ref(), EXIT_OPEN)));
         }
     };
-    let size = |chain: &OpenChain| {
-        let size = chain.virtual_size();
-        size.checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
-    };
-    if size(&first) != size(&second) {
-        if arguments.strict {
-            say(arguments, "Strict mode: Image size mismatch!")?;
-            return Ok(EXIT_DIFFERENT);
-        }
-        say(arguments, "Warning: Image size mismatch!")?;
+    let sizes = [sectors_of(&first), sectors_of(&second)];
+    if arguments.strict && sizes[0] != sizes[1] {
+        say(arguments, "Strict mode: Image size mismatch!")?;
+        return Ok(EXIT_DIFFERENT);
     }
     let (first, second) = (first.handle(FileStorage::new), second.handle(FileStorage::new));
     let result = {
@@ -93,14 +87,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         block_on(compare([&first, &second], arguments.strict, Pace::default(), &line))
     };
     match result {
-        Ok(None) => {
-            say(arguments, "Images are identical.")?;
-            Ok(0)
-        }
-        Ok(Some(difference)) => {
-            say(arguments, &describe(difference))?;
-            Ok(EXIT_DIFFERENT)
-        }
+        Ok(difference) => report(arguments, sizes, difference),
         Err(CompareError::Interrupted(interrupted)) => Err(JobError::from(interrupted).into()),
         Err(CompareError::Map(index, error)) => {
             Ok(fail(&in_disk(arguments, index, error), EXIT_MAP))
@@ -109,6 +96,28 @@ pub fn run(arguments: &Arguments) -> Outcome {
             Ok(fail(&in_disk(arguments, index, error), EXIT_READ))
         }
     }
+}
+
+/// The size of a disk in bytes; a last part of a sector counts as one.
+fn sectors_of(chain: &OpenChain) -> u64 {
+    chain.virtual_size().checked_next_multiple_of(SECTOR_SIZE).unwrap_or(u64::MAX)
+}
+
+/// Says in what disks of these sizes differ.
+fn report(arguments: &Arguments, sizes: [u64; 2], difference: Option<Difference>) -> Outcome {
+    let place = difference.map_or(u64::MAX, |difference| match difference {
+        Difference::Content { offset } | Difference::Status { offset } => offset,
+    });
+    // As far as both go they are equal.
+    if sizes[0] != sizes[1] && place >= sizes[0].min(sizes[1]) {
+        say(arguments, "Warning: Image size mismatch!")?;
+    }
+    let Some(difference) = difference else {
+        say(arguments, "Images are identical.")?;
+        return Ok(0);
+    };
+    say(arguments, &describe(difference))?;
+    Ok(EXIT_DIFFERENT)
 }
 
 /// Reports an error that has an exit code of its own.
