@@ -3,6 +3,7 @@
 //! Both run on the same images of every format that both read; bytes, words, exit codes and JSON
 //! are compared. Every version of qemu-img that there is takes part. Chains in depth are in
 //! `backing_chain.rs`; what only we have is in the golden files (`tool.rs`).
+#![expect(clippy::big_endian_bytes, reason = "the tables of qcow2 are big-endian")]
 
 #[path = "common/qemu.rs"]
 mod qemu;
