@@ -8,7 +8,7 @@
 //!
 //! An [`OpenChain`] is what all threads share: files, headers, bitmaps, mapping tables. A [`Chain`]
 //! is one thread's handle on it, with that thread's storages. Each layer answers one question,
-//! where the first bytes of a range are ([`ChainLayer::first`]). The walk down the layers, clipping
+//! where the first bytes of a range are (`ChainLayer::first`). The walk down the layers, clipping
 //! at the end of shorter ones, and reading are here, once for all formats.
 //!
 //! Promises: a range past the end of a layer reads zeros, whatever lies below that layer; what a

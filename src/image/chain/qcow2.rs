@@ -6,9 +6,9 @@
 //! data file. Clusters that are stored as they are, it never touches: they go from the file to the
 //! request through the queue's own engine, as everything else does.
 //!
-//! imago blocks, so it is asked only on a [`Helper`], one for all qcow2 layers of a chain. Its
-//! answers are kept, a region of the disk at a time ([`REGIONS_BOUND`]), and so are inflated
-//! clusters ([`CLUSTERS_BOUND`]), since imago inflates a whole cluster whatever part of it is
+//! imago blocks, so it is asked only on a `Helper`, one for all qcow2 layers of a chain. Its
+//! answers are kept, a region of the disk at a time (`REGIONS_BOUND`), and so are inflated
+//! clusters (`CLUSTERS_BOUND`), since imago inflates a whole cluster whatever part of it is
 //! wanted. Besides, imago itself holds each layer's L1 table and up to 128 of its L2 tables, which
 //! have a cluster each.
 //!

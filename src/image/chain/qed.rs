@@ -1,8 +1,8 @@
 //! The QED layer: where a QED file has its bytes.
 //!
 //! Tables are read through the queue's own engine, as data is. The L1 table is held in memory, as
-//! far as it maps the disk; of the L2 tables a piece is read at a time ([`PIECE_ENTRIES`]), and
-//! pieces read lately are kept, for all QED layers of a chain together ([`PIECES_BOUND`]).
+//! far as it maps the disk; of the L2 tables a piece is read at a time (`PIECE_ENTRIES`), and
+//! pieces read lately are kept, for all QED layers of a chain together (`PIECES_BOUND`).
 //!
 //! Relies on nobody writing to the file while it is a backing file: tables are not read again. A
 //! file that was not closed cleanly is refused with its header.

@@ -6,7 +6,7 @@
 //! says what the disk holds.
 //!
 //! Memory: the L1 table, and two bits for each cluster of the disk, both bounded by the header's
-//! check and by [`MAX_BITMAP`]. Not here: the data file, and what is made of the states.
+//! check and by `MAX_BITMAP`. Not here: the data file, and what is made of the states.
 
 use std::io;
 
