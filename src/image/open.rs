@@ -84,9 +84,7 @@ impl OpenImage {
             self.backing.as_ref().map(|chain| chain.handle(&engine)),
         )
     }
-}
 
-impl OpenImage {
     /// Maps the files with the guest's data, where that is possible, so that what is in memory
     /// already is moved without a system call.
     pub fn map_files(&self) {

@@ -60,8 +60,6 @@ pub struct HostFile {
     identity: FileIdentity,
     /// What transfers must keep to.
     alignment: Alignment,
-    /// Whether it is a block device.
-    is_device: bool,
     /// Whether it lies on tmpfs.
     in_memory: bool,
     /// For what it is locked, if it is.
@@ -108,12 +106,11 @@ impl HostFile {
             FileType::BlockDevice => FileIdentity { device: stat.st_rdev, inode: 0 },
             other => return Err(io::Error::new(io::ErrorKind::InvalidInput, wrong_type(other))),
         };
-        let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice;
         let in_memory = fstatfs(&file)?.f_type == TMPFS_MAGIC;
         let alignment = set_flags(&file, cache, in_memory)?;
         let (locked, mapping) = (OnceLock::new(), OnceLock::new());
         let path = path.to_owned();
-        Ok(Self { file, path, identity, alignment, is_device, in_memory, locked, mapping })
+        Ok(Self { file, path, identity, alignment, in_memory, locked, mapping })
     }
 
     /// Announces to other programs that the file is used in that way, for as long as this lives.
@@ -160,7 +157,7 @@ impl HostFile {
     /// Whether it is a block device, whose length is not for us to change.
     #[must_use]
     pub fn is_device(&self) -> bool {
-        self.is_device
+        self.identity.inode == 0
     }
 
     /// Maps the file, so that what is in memory already can be moved without a system call. Does
@@ -168,7 +165,7 @@ impl HostFile {
     pub fn map(&self) {
         // Past the page cache is past a mapping, too.
         let cached = self.alignment == Alignment::NONE;
-        if !cached || self.identity.inode == 0 || self.mapping.get().is_some() {
+        if !cached || self.is_device() || self.mapping.get().is_some() {
             return;
         }
         let mapped = fcntl_getfl(&self.file).map_err(io::Error::from).and_then(|flags| {
