@@ -58,7 +58,7 @@ const QUICK_WORKLOADS: [&str; 6] = [
 const MAX_STOLEN: f64 = 0.02;
 
 /// How often a run is made at most.
-const MAX_TRIES: u32 = 6;
+const MAX_TRIES: u32 = 3;
 
 /// Compares disks and servers.
 #[derive(Debug, Parser)]
