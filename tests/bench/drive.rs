@@ -34,6 +34,9 @@ const CHECK_EVERY: u64 = 64;
 /// How many written blocks are read back.
 const READ_BACK: usize = 64;
 
+/// The measured time is cut into slices of so many milliseconds.
+const SLICE_MS: u128 = 10;
+
 /// How long to measure.
 #[derive(Debug, Clone, Copy)]
 pub struct Times {
@@ -50,12 +53,30 @@ pub struct Seen {
     pub requests: u64,
     /// The measured time in seconds.
     pub seconds: f64,
+    /// How many requests completed in each whole slice of the measured time.
+    slices: Vec<u64>,
     /// Latencies.
     pub latencies: Histogram,
     /// Whether a workload with an end came to it.
     pub complete: bool,
     /// What the probe of the first thread said over the measured time.
     pub probed: u64,
+}
+
+impl Seen {
+    /// Requests per second over the measured time.
+    pub fn mean_rate(&self) -> f64 {
+        self.requests as f64 / self.seconds
+    }
+
+    /// Requests per second in the median slice: what a moment in which the hypervisor had taken a
+    /// processor away does not change.
+    pub fn median_rate(&self) -> f64 {
+        let mut slices = self.slices.clone();
+        slices.sort_unstable();
+        let median = slices.get(slices.len() / 2).copied().unwrap_or_default();
+        median as f64 * 1e3 / SLICE_MS as f64
+    }
 }
 
 /// What all threads of a run share.
@@ -115,6 +136,11 @@ enum Phase {
     Draining,
 }
 
+/// How many whole slices `time` has.
+fn slices_in(time: Duration) -> usize {
+    usize::try_from(time.as_millis() / SLICE_MS).unwrap_or(usize::MAX)
+}
+
 /// The loop of one thread.
 struct Driver<'r, L> {
     /// What is run.
@@ -157,6 +183,7 @@ impl<'r, L: Lane> Driver<'r, L> {
             seen: Seen {
                 requests: 0,
                 seconds: 0.0,
+                slices: Vec::with_capacity(slices_in(run.times.measured) + 1),
                 latencies: Histogram::new(),
                 complete: true,
                 probed: 0,
@@ -245,7 +272,9 @@ impl<'r, L: Lane> Driver<'r, L> {
     /// Nothing counts any more.
     fn end_measuring(&mut self, now: Instant) -> io::Result<()> {
         self.phase = Phase::Draining;
-        self.seen.seconds = (now - self.since).as_secs_f64();
+        let measured = now - self.since;
+        self.seen.seconds = measured.as_secs_f64();
+        self.seen.slices.resize(slices_in(measured), 0);
         if self.probes {
             self.seen.probed = (self.run.probe)()?.saturating_sub(self.seen.probed);
         }
@@ -264,6 +293,11 @@ impl<'r, L: Lane> Driver<'r, L> {
         }
         if self.phase == Phase::Measured {
             self.seen.requests += 1;
+            let slice = slices_in(now.saturating_duration_since(self.since));
+            if slice >= self.seen.slices.len() {
+                self.seen.slices.resize(slice + 1, 0);
+            }
+            self.seen.slices[slice] += 1;
             let taken = now.saturating_duration_since(begin).as_nanos();
             self.seen.latencies.add(u64::try_from(taken).unwrap_or(u64::MAX));
         }

@@ -6,6 +6,7 @@
 use serde::{Serialize, Serializer};
 
 use super::disks::Figures;
+use super::drive::Seen;
 use super::extras::{Fleet, Rest, StartUp};
 use super::histogram::Histogram;
 use super::machine::Machine;
@@ -51,7 +52,7 @@ pub struct Record {
 impl Record {
     /// The record of a run.
     pub fn new(
-        place: &str,
+        place: &Place,
         workload: &Workload,
         target: &str,
         round: usize,
@@ -59,7 +60,8 @@ impl Record {
     ) -> Self {
         let seen = &figures.seen;
         let requests: u64 = seen.iter().map(|seen| seen.requests).sum();
-        let iops: f64 = seen.iter().map(|seen| seen.requests as f64 / seen.seconds).sum();
+        let rate = if place.is_steady(workload) { Seen::median_rate } else { Seen::mean_rate };
+        let iops: f64 = seen.iter().map(rate).sum();
         let transfers = match workload.flush_every {
             0 => 1.0,
             every => 1.0 - 1.0 / every as f64,
@@ -68,7 +70,7 @@ impl Record {
         seen.iter().for_each(|seen| latencies.merge(&seen.latencies));
         let microseconds = |permille| latencies.percentile(permille) as f64 / 1e3;
         Self {
-            place: place.into(),
+            place: place.name.clone(),
             workload: workload.name.into(),
             target: target.into(),
             round,
@@ -103,6 +105,11 @@ impl Place {
     /// Whether the files are memory.
     pub fn is_tmpfs(&self) -> bool {
         self.name.starts_with("tmpfs")
+    }
+
+    /// Whether each moment of the workload is like any other here, since no device sets the pace.
+    pub fn is_steady(&self, workload: &Workload) -> bool {
+        self.is_tmpfs() && workload.is_steady()
     }
 }
 

@@ -135,6 +135,12 @@ impl Workload {
         matches!(self.order, Order::OnceRandom | Order::OnceSequential)
     }
 
+    /// Whether each moment of it is like any other: it goes on as long as it may, and asks for nothing
+    /// that takes longer now and then.
+    pub fn is_steady(&self) -> bool {
+        !self.is_finite() && self.flush_every == 0
+    }
+
     /// The requests for a disk of `size` bytes; another `seed`, another order.
     pub fn plan(&self, size: u64, seed: u64) -> Plan {
         let block = u64::try_from(self.block).unwrap_or(u64::MAX);
