@@ -184,8 +184,13 @@ struct Mounted(PathBuf);
 impl Mounted {
     /// Gives it another size.
     fn resize(&self, size: &str) {
+        self.remount(&format!("size={size}"));
+    }
+
+    /// Changes an option.
+    fn remount(&self, option: &str) {
         let mut command = Command::new("mount");
-        let output = command.args(["-o", &format!("remount,size={size}")]).arg(&self.0).output();
+        let output = command.args(["-o", &format!("remount,{option}")]).arg(&self.0).output();
         assert!(output.expect("mount").status.success());
     }
 }
@@ -266,6 +271,46 @@ fn a_conversion_without_space_leaves_nothing() {
         fs::remove_file(lab.small.join("new.add-cow")).expect("it is there");
         fs::remove_file(lab.small.join("new.raw")).expect("it is there");
     }
+}
+
+#[test]
+fn a_read_only_file_system_is_named_and_read() {
+    let lab = Lab::new();
+    let Some(mounted) = lab.mount("a_read_only_file_system", "32M") else { return };
+    lab.make("small/base.img", "small/disk");
+    let data_file = format!("data_file={},data_file_raw=on", lab.small.join("data.img").display());
+    let mut qemu_img = Command::new("qemu-img");
+    qemu_img.args(["create", "-q", "-f", "qcow2", "-o", &data_file]);
+    let qemu_img = qemu_img.arg(lab.small.join("old.qcow2")).arg("1M").status();
+    mounted.remount("ro");
+    let before = lab.names();
+    for line in [
+        "create small/new.add-cow 1M",
+        "create --force -b base.img -F raw small/disk.add-cow",
+        "check -r all small/disk.add-cow",
+        "resize small/disk.add-cow +1M",
+        "resize --shrink small/disk.add-cow 1M",
+        "rebase -b none.img -F raw small/disk.add-cow",
+        "rebase -u -b base.img -F raw small/disk.add-cow",
+        "snapshot small/disk.add-cow small/new.add-cow",
+        "reset small/disk.add-cow",
+        "detach small/disk.add-cow",
+        "stream small/disk.add-cow",
+        "commit small/disk.add-cow",
+        "convert small/disk.add-cow small/new.img",
+        "convert -O add-cow small/disk.add-cow small/new.add-cow",
+        "export small/disk.add-cow small/new.qcow2",
+    ] {
+        lab.fails(line, "Read-only file system");
+    }
+    if qemu_img.is_ok_and(|status| status.success()) {
+        lab.fails("adopt --data-file small/data.img small/old.qcow2", "Read-only file system");
+    }
+    assert_eq!(lab.names(), before);
+    for line in ["info", "check", "map", "measure"] {
+        lab.ok(&format!("{line} small/disk.add-cow"));
+    }
+    lab.is_unchanged("small/disk");
 }
 
 #[test]

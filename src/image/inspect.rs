@@ -107,10 +107,28 @@ impl DiskFiles {
     /// # Errors
     /// As [`DiskFiles::open`].
     pub fn open_backing(&self, cache: CacheMode) -> Result<Option<OpenChain>, OpenError> {
+        self.open_below(&self.header, cache)
+    }
+
+    /// The same, also where every cluster is in the raw image: the disk is about to lose them.
+    ///
+    /// # Errors
+    /// As [`DiskFiles::open`].
+    pub fn open_backing_of_emptied(&self) -> Result<Option<OpenChain>, OpenError> {
+        let emptied = Header { all_allocated: false, ..self.header.clone() };
+        self.open_below(&emptied, CacheMode::Buffered)
+    }
+
+    /// Opens what a disk with this header stands on.
+    fn open_below(
+        &self,
+        header: &Header,
+        cache: CacheMode,
+    ) -> Result<Option<OpenChain>, OpenError> {
         let own: [(FileRole, &HostFile); 2] =
             [(FileRole::Side, &self.side), (FileRole::Raw, &self.raw)];
         let folder = folder_of(self.side.path());
-        OpenChain::below(&self.header, folder, ChainOptions { cache, locking: self.locking }, &own)
+        OpenChain::below(header, folder, ChainOptions { cache, locking: self.locking }, &own)
     }
 
     /// Which clusters are in the raw image. Reads the bitmap, unless the header says that all are.

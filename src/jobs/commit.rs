@@ -113,6 +113,9 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
             path.display()
         )));
     };
+    // A chain that comes back to the disk is called that; to the locks below it would be a file in
+    // use.
+    drop(disk.open_backing(CacheMode::Buffered)?);
     let (base_path, format) = resolve(reference, folder_of(path))?;
     let size = disk.geometry.virtual_size();
     let cluster_size = disk.geometry.cluster_size();

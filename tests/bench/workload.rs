@@ -135,8 +135,8 @@ impl Workload {
         matches!(self.order, Order::OnceRandom | Order::OnceSequential)
     }
 
-    /// Whether each moment of it is like any other: it goes on as long as it may, and asks for nothing
-    /// that takes longer now and then.
+    /// Whether each moment of it is like any other: it goes on as long as it may, and asks for
+    /// nothing that takes longer now and then.
     pub fn is_steady(&self) -> bool {
         !self.is_finite() && self.flush_every == 0
     }

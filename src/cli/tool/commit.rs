@@ -9,6 +9,7 @@ use clap::Args;
 use crate::cli::Outcome;
 use crate::cli::output::print;
 use crate::cli::progress::ProgressLine;
+use crate::cli::tool::on_disk;
 use crate::jobs::commit::commit_disk;
 
 /// The command line of `addcow commit`.
@@ -32,7 +33,7 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Outcome {
     {
         let line = ProgressLine::new(arguments.progress && !arguments.quiet)?;
-        commit_disk(&arguments.disk, arguments.keep, &line)?;
+        commit_disk(&arguments.disk, arguments.keep, &line).map_err(on_disk(&arguments.disk))?;
     }
     if !arguments.quiet {
         print(|out| Ok(writeln!(out, "Image committed.")?))?;

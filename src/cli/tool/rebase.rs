@@ -26,9 +26,12 @@ pub struct Arguments {
     /// hold the same; neither of them need be there
     #[arg(short = 'u', long = "unsafe")]
     name_only: bool,
-    /// Show how far it is
+    /// Show progress
     #[arg(short, long)]
     progress: bool,
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
     /// The disk: its add-cow file
     #[arg(value_name = "DISK")]
     disk: PathBuf,
@@ -44,7 +47,7 @@ pub fn run(arguments: Arguments) -> Outcome {
         true => None,
     };
     let mode = if arguments.name_only { Mode::NameOnly } else { Mode::Safe };
-    let progress = ProgressLine::new(arguments.progress)?;
+    let progress = ProgressLine::new(arguments.progress && !arguments.quiet)?;
     let path = &arguments.disk;
     rebase_disk(path, backing.as_ref(), mode, &progress).map_err(on_disk(path))?;
     Ok(0)

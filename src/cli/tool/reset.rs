@@ -30,6 +30,8 @@ pub struct Arguments {
 /// Resets a disk.
 pub fn run(arguments: &Arguments) -> Outcome {
     let disk = DiskFiles::open(&arguments.disk, DiskAccess::WRITE)?;
+    // What the disk will show must be there: what it holds itself is about to go.
+    let _backing = disk.open_backing_of_emptied()?;
     let (side, raw) =
         (FileStorage::new(Arc::clone(&disk.side)), FileStorage::new(Arc::clone(&disk.raw)));
     let header = disk.header.clone();

@@ -2,12 +2,15 @@
 //!
 //! Promises: the new disk appears whole and durable under its name, or not at all. Of an add-cow
 //! disk the raw image gets its name first: without the add-cow file that is nobody's. Files that
-//! are there already are replaced only on request, and never those that the chain is made of.
+//! are there already are replaced only on request, and never those that the chain is made of. Where
+//! both files of an add-cow disk are replaced, the old add-cow file goes first: no cut may leave it
+//! over a raw image that it knows nothing of.
 //!
 //! Not here: moving the bytes (`copy`).
 
 mod copy;
 
+use std::fs::remove_file;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -27,7 +30,7 @@ use crate::jobs::names::{is_same_folder, new_file_error};
 use crate::jobs::progress::Progress;
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
-use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
 use crate::storage::lock::Locking;
 use crate::storage::new_file::{NewFile, check_target};
 use crate::units::SECTOR_SIZE;
@@ -160,7 +163,7 @@ struct NewDisk<'a> {
     /// Its raw image.
     raw: NewRaw,
     /// The add-cow file that will be replaced, if there is one; kept for its lock.
-    _replaced: Option<HostFile>,
+    replaced: Option<HostFile>,
 }
 
 impl<'a> NewDisk<'a> {
@@ -203,7 +206,7 @@ impl<'a> NewDisk<'a> {
         };
         let geometry = new_geometry(path, header.cluster_size, size)?;
         let raw = NewRaw::create(FileRole::Raw, &image_path, options.force, size, &chains)?;
-        Ok(Self { options, source, backing, header, geometry, raw, _replaced: replaced })
+        Ok(Self { options, source, backing, header, geometry, raw, replaced })
     }
 
     /// Makes the add-cow file, copies, and gives both files their names.
@@ -229,13 +232,24 @@ impl<'a> NewDisk<'a> {
                 block_on(to_overlay(&source, &backing, &image, pace, progress))?;
             }
         }
+        self.publish(side)
+    }
+
+    /// Gives both files their names.
+    fn publish(self, side: NewFile) -> Result<(), JobError> {
+        let (path, force) = (&self.options.path, self.options.force);
+        let error = |action| io_error(action, FileRole::Side, path);
         let image_path = self.raw.path.clone();
         let is_new = self.raw.replaced.is_none();
+        if self.replaced.is_some() && !is_new {
+            remove_file(path).map_err(error("remove the old"))?;
+            sync_folder(folder_of(path)).map_err(error("sync the folder of"))?;
+        }
         self.raw.publish()?;
-        side.publish(self.options.force).map_err(|error| {
+        side.publish(force).map_err(|error| {
             if is_new {
                 // It replaced nothing, and nobody knows of it.
-                drop(std::fs::remove_file(&image_path));
+                drop(remove_file(&image_path));
             }
             new_file_error(FileRole::Side, path, error)
         })
@@ -257,5 +271,44 @@ impl<'a> NewDisk<'a> {
         let state = ImageState::add_cow(self.geometry, allocation, backing_len, true);
         let chain = backing.handle(FileStorage::new);
         Ok(Image::new(Arc::new(state), raw, Some(side), Some(chain)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    use crate::format::{FileName, FileReference, FileRole as NameRole};
+
+    #[test]
+    fn an_old_add_cow_file_is_gone_before_its_raw_image_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::write(at("source"), [1; 4096]).unwrap();
+        for name in ["disk.add-cow", "disk.raw"] {
+            fs::write(at(name), b"old").unwrap();
+        }
+        let target = CreateOptions {
+            path: at("disk.add-cow"),
+            size: None,
+            cluster_size: None,
+            backing: None,
+            image: FileReference {
+                name: FileName::new(NameRole::Image, "disk.raw").unwrap(),
+                format: "raw".to_owned(),
+            },
+            reuse_image: false,
+            force: true,
+        };
+        let options = ChainOptions::BUFFERED;
+        let source = OpenChain::open(&at("source"), DiskFormat::Raw, options).unwrap();
+        let disk = NewDisk::plan(&target, &source, 4096).unwrap();
+        let side = NewFile::create(&target.path).unwrap();
+        // So that the raw image cannot get its name.
+        fs::remove_file(at("disk.raw")).unwrap();
+        fs::create_dir(at("disk.raw")).unwrap();
+        disk.publish(side).unwrap_err();
+        assert!(!at("disk.add-cow").exists());
     }
 }
