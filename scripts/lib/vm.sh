@@ -88,6 +88,14 @@ daemon_stop() {
     [ ! -e "$(socket_of "$disk")" ] || die "addcowd for $disk has left its socket behind"
 }
 
+# daemon_kill DISK: SIGKILL.
+daemon_kill() {
+    local pid=${daemon_pid[$1]}
+    kill -KILL "$pid" 2>/dev/null || die "addcowd for $1 has ended; log: $PWD/$1.log"
+    wait "$pid" 2>/dev/null || true
+    unset "daemon_pid[$1]"
+}
+
 # vhost_disk DISK QUEUES: sets `disk_options` to QEMU's options for a disk that addcowd serves.
 vhost_disk() {
     local id=${1%.add-cow}

@@ -22,7 +22,7 @@ use crate::image::open::{self, OpenImage, OpenOptions};
 use crate::storage::host_file::CacheMode;
 use crate::storage::lock::Locking;
 use crate::vhost_user::backend::MAX_QUEUES;
-use crate::vhost_user::export::{Endpoint, Export, StopHandle, Tuning};
+use crate::vhost_user::export::{Endpoint, Export, ExportError, StopHandle, Tuning};
 use crate::virtio::config::DeviceConfig;
 
 use super::Outcome;
@@ -198,7 +198,9 @@ fn serve(arguments: &Arguments) -> Outcome {
         poll_limit: Duration::from_micros(arguments.poll_us),
         register_memory: arguments.register_memory,
     };
-    let result = Export::new(image, config, writeback, tuning, stop).serve(socket.endpoint);
+    let result = Export::new(image, config, writeback, tuning, stop)
+        .map_err(ExportError::Recovery)
+        .and_then(|export| export.serve(socket.endpoint));
     if let Some(path) = socket.created
         && let Err(error) = std::fs::remove_file(&path)
     {

@@ -27,9 +27,11 @@ pub mod header;
 pub mod qcow2;
 pub mod qed;
 pub mod reference;
+pub mod session;
 
 pub use bitmap::{BitmapGeometry, decode_words, encode_words};
 pub use change::HeaderChange;
 pub use error::FormatError;
-pub use header::{FIXED_HEADER_LEN, Header, MAX_HEADER_LEN, is_add_cow};
+pub use header::{FIXED_HEADER_LEN, Header, MAX_HEADER_LEN, MIN_HEADER_LEN, is_add_cow};
 pub use reference::{FileName, FileReference, FileRole};
+pub use session::{SESSION_OFFSET, decode_session, encode_session};

@@ -67,7 +67,7 @@ fn place(index: u64) -> (usize, u64) {
 }
 
 /// The bits of `range` that lie in each word, as (word, mask).
-fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+pub(super) fn masks(range: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     let mut start = range.start;
     std::iter::from_fn(move || {
         if start >= range.end {

@@ -24,8 +24,7 @@
 //! * **I5** Two requests never allocate the same cluster at once. Guest data always wins over
 //!   copied data.
 //! * **I6** A failed sync is final for this open image.
-//! * **I7** New bits outlive the process without reaching the add-cow file early. (Not built yet:
-//!   see the status table in the README.)
+//! * **I7** New bits outlive the process without reaching the add-cow file early: see [`journal`].
 //! * **I8** No byte from a guest, a front end or an image file can cause a panic, a hang, or
 //!   unbounded memory.
 //!
@@ -44,11 +43,13 @@ pub mod error;
 pub mod extent;
 pub mod flush;
 pub mod inspect;
+pub mod journal;
 pub mod load;
 pub mod map;
 pub mod open;
 pub mod populate;
 mod read;
+pub mod session;
 mod write;
 mod zero;
 
@@ -62,6 +63,7 @@ use chain::Chain;
 use cluster_lock::ClusterLocks;
 pub use error::{FileRole, ImageError, OpenError};
 use flush::FlushBarrier;
+use journal::BitJournal;
 
 /// What all threads share of an open image.
 #[derive(Debug)]
@@ -133,6 +135,12 @@ impl ImageState {
         self.cluster_size
     }
 
+    /// How many clusters have a bit; 0 if all are allocated for good.
+    #[must_use]
+    pub fn clusters(&self) -> u64 {
+        self.geometry.filter(|_| !self.allocation.is_all()).map_or(0, |all| all.clusters())
+    }
+
     /// Whether the image may be changed.
     #[must_use]
     pub fn is_writable(&self) -> bool {
@@ -186,13 +194,21 @@ pub struct Image<S> {
     side: Option<S>,
     /// The backing chain, if there is one and it is needed.
     backing: Option<Chain<S>>,
+    /// Where new bits are noted for the process after this one; `None` if there is none to be.
+    journal: Option<Arc<BitJournal>>,
 }
 
 impl<S: Storage> Image<S> {
     /// A handle on `state` with this thread's storages.
     #[must_use]
     pub fn new(state: Arc<ImageState>, raw: S, side: Option<S>, backing: Option<Chain<S>>) -> Self {
-        Self { state, raw, side, backing }
+        Self { state, raw, side, backing, journal: None }
+    }
+
+    /// The same handle; what it allocates is noted in `journal`.
+    #[must_use]
+    pub fn with_journal(self, journal: Option<Arc<BitJournal>>) -> Self {
+        Self { journal, ..self }
     }
 
     /// What all threads share.

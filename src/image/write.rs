@@ -77,6 +77,11 @@ impl<S: Storage> Image<S> {
 
     /// Marks clusters whose data the raw image has.
     pub(super) fn mark_written(&self, clusters: Range<u64>) {
+        // The journal first: who sees the bit may complete a write that relies on it, and that must
+        // not be lost with the process (I7).
+        if let Some(journal) = &self.journal {
+            journal.mark(clusters.clone());
+        }
         self.state.allocation.mark(clusters);
     }
 

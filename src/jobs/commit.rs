@@ -21,7 +21,7 @@ use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::image::open::{
     OpenImage, OpenOptions, add_cow, check_distinct, folder_of, lock_for, open_unlocked,
 };
-use crate::image::{FileRole, Image, ImageError, OpenError};
+use crate::image::{FileRole, Image, ImageError, OpenError, session};
 use crate::jobs::copy::{Pace, Piece, Pieces};
 use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
@@ -152,12 +152,14 @@ fn empty(disk: &DiskFiles) -> Result<(), JobError> {
     let side = FileStorage::new(Arc::clone(&disk.side));
     let raw = FileStorage::new(Arc::clone(&disk.raw));
     let (header, geometry) = (disk.header.clone(), disk.geometry);
+    session::renew_in(&disk.side)?;
     block_on(reset(&DiskParts { side: &side, raw: &raw, header, geometry }))
 }
 
 /// Opens an add-cow base for writing, and makes it at least as long as the disk.
 fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobError> {
     let base = DiskFiles::open(path, DiskAccess::WRITE)?;
+    session::renew_in(&base.side)?;
     let size = disk.geometry.virtual_size();
     if base.geometry.virtual_size() < size {
         let cluster_size = base.geometry.cluster_size();

@@ -20,7 +20,7 @@ use crate::image::chain::open::resolve;
 use crate::image::chain::{Chain, ChainOptions, ChainPiece, OpenChain, PieceContent};
 use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::image::open::{OpenImage, check_distinct, folder_of};
-use crate::image::{FileRole, Image, ImageState};
+use crate::image::{FileRole, Image, ImageState, session};
 use crate::jobs::parts::DiskParts;
 use crate::jobs::{JobError, Progress};
 use crate::storage::file::FileStorage;
@@ -65,9 +65,11 @@ pub fn rebase_disk(
     let change = block_on(parts.plan_header(|area| HeaderChange::to_backing(area, backing)))?;
     if mode == Mode::NameOnly {
         check_name(&disk, backing)?;
+        session::renew_in(&disk.side)?;
         return block_on(parts.change_header(change));
     }
     let new = open_new(&disk, backing)?;
+    session::renew_in(&disk.side)?;
     if disk.header.all_allocated {
         return block_on(parts.change_header(change));
     }

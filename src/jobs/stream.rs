@@ -18,7 +18,7 @@ use crate::executor::block_on;
 use crate::format::{BitmapGeometry, HeaderChange};
 use crate::image::open::{OpenOptions, add_cow};
 use crate::image::populate::Below;
-use crate::image::{Image, OpenError};
+use crate::image::{Image, OpenError, session};
 use crate::jobs::copy::{Pace, Pieces};
 use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
@@ -37,6 +37,7 @@ const MAX_ZEROS: u64 = 1 << 30;
 pub fn stream_disk(path: &Path, progress: &impl Progress) -> Result<(), JobError> {
     let disk = add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
     let (Some(side), Some(header)) = (&disk.side, &disk.header) else { return Ok(()) };
+    session::renew_in(side)?;
     let geometry = BitmapGeometry::new(header.cluster_size, disk.state.virtual_size())
         .map_err(|source| OpenError::Format { path: path.to_owned(), source })?;
     let side = FileStorage::new(Arc::clone(side));

@@ -20,7 +20,7 @@ use super::mapping::Mapping;
 use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
-const TMPFS_MAGIC: i64 = 0x0102_1994;
+pub(super) const TMPFS_MAGIC: i64 = 0x0102_1994;
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,9 +44,9 @@ pub enum CacheMode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FileIdentity {
     /// Device that holds the inode; for a block device the device itself.
-    device: u64,
+    pub device: u64,
     /// Inode number; 0 for a block device, which several nodes may name.
-    inode: u64,
+    pub inode: u64,
 }
 
 /// An open regular file or block device.

@@ -15,6 +15,7 @@ pub mod host_file;
 pub mod lock;
 pub mod mapping;
 pub mod new_file;
+pub mod shared_memory;
 pub mod sim;
 pub mod sparse;
 pub mod transfer;

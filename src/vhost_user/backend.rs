@@ -3,6 +3,7 @@
 //! Never returns an error from [`VhostUserBackend::handle_event`], nor lets a panic through: either
 //! would end the worker's thread without a word.
 
+use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -18,7 +19,9 @@ use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::SharedMemory;
 use super::exit_event::ExitEvents;
-use super::queue::{self, QueueContext};
+use super::interposer::InflightMessages;
+use super::queue::{self, Heritage, QueueContext};
+use super::recovery::{QueueShape, Recovery, RecoveryError, Region};
 use super::vring::{Pause, RingControl, Vring};
 use crate::virtio::config::has_feature;
 use crate::virtio::guest_memory::GuestMap;
@@ -43,6 +46,10 @@ pub struct BlkBackend {
     closing: AtomicBool,
     /// What ends the framework's threads.
     exit_events: ExitEvents,
+    /// What of this disk outlives the process.
+    recovery: Arc<Recovery>,
+    /// The region that the front end has set, if it has.
+    region: Mutex<Option<Arc<Region>>>,
     /// The channel to the front end; kept open, and used once there is something to say.
     channel: Mutex<Option<Backend>>,
 }
@@ -56,7 +63,7 @@ impl std::fmt::Debug for BlkBackend {
 impl BlkBackend {
     /// The device of a new connection.
     #[must_use]
-    pub fn new(context: QueueContext, memory: SharedMemory) -> Self {
+    pub fn new(context: QueueContext, recovery: Arc<Recovery>, memory: SharedMemory) -> Self {
         let queues = usize::from(context.device.config().num_queues);
         Self {
             context,
@@ -65,6 +72,8 @@ impl BlkBackend {
             controls: Mutex::new(vec![None; queues]),
             closing: AtomicBool::new(false),
             exit_events: ExitEvents::default(),
+            recovery,
+            region: Mutex::new(None),
             channel: Mutex::new(None),
         }
     }
@@ -109,6 +118,13 @@ impl BlkBackend {
         *entry = Some(Arc::clone(control));
     }
 
+    /// What outlives the process of queue `thread`, which has `size` entries.
+    fn heritage(&self, thread: usize, size: u16) -> Option<Heritage> {
+        let region = self.region.lock().expect("no panic while held").clone()?;
+        let inflight = region.queue(thread, size)?;
+        Some(Heritage { inflight, journal: region.journal.clone() })
+    }
+
     /// Runs a queue for as long as it is to run.
     fn run_queue(&self, thread: usize, vring: &Vring) {
         self.register(thread, vring.control());
@@ -121,10 +137,36 @@ impl BlkBackend {
         let features = self.features.load(Ordering::SeqCst);
         let indirect = has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
         log::debug!("queue {thread} runs: {:x?}", permit.setup);
-        match queue::run(&self.context, &permit, &map, indirect) {
+        let heritage = self.heritage(thread, permit.setup.size);
+        match queue::run(&self.context, &permit, &map, indirect, heritage) {
             Ok(()) => log::debug!("queue {thread} is at rest"),
             Err(error) => log::error!("queue {thread} stopped: {error}"),
         }
+    }
+}
+
+impl InflightMessages for BlkBackend {
+    fn get(&self, shape: QueueShape) -> Result<Region, RecoveryError> {
+        self.recovery.offer(shape)
+    }
+
+    fn set(&self, file: File, len: u64, shape: QueueShape) -> Result<(), RecoveryError> {
+        let mut result = Ok(());
+        // A front end that stops and starts its rings gives the region back each time.
+        self.at_rest(|| {
+            result = self.recovery.accept(file, shape).and_then(|region| {
+                if region.len() != len {
+                    return Err(RecoveryError::Refused("its length is not what the message says"));
+                }
+                *self.region.lock().expect("no panic while held") = Some(Arc::new(region));
+                Ok(())
+            });
+        });
+        result
+    }
+
+    fn ring_starts(&self) -> Result<(), RecoveryError> {
+        self.recovery.begin()
     }
 }
 
@@ -169,6 +211,7 @@ impl VhostUserBackend for BlkBackend {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn reset_device(&self) {

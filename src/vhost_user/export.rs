@@ -22,6 +22,7 @@ use super::SharedMemory;
 use super::backend::BlkBackend;
 use super::interposer::{self, End};
 use super::queue::QueueContext;
+use super::recovery::{Recovery, RecoveryError};
 use super::vring::{new_eventfd, ring_eventfd};
 use crate::executor::block_on;
 use crate::image::ImageError;
@@ -76,6 +77,9 @@ pub enum ExportError {
     /// The framework could not be set up.
     #[error("cannot set up the connection: {0}")]
     Framework(String),
+    /// The disk cannot be prepared for being taken over.
+    #[error(transparent)]
+    Recovery(RecoveryError),
     /// The last flush failed: writes since the flush before may be lost in a power cut.
     #[error("final flush: {0}")]
     Flush(#[source] ImageError),
@@ -97,6 +101,8 @@ pub struct Export {
     writeback: bool,
     /// How its queues run.
     tuning: Tuning,
+    /// What of it outlives this process.
+    recovery: Arc<Recovery>,
     /// Told when to stop.
     stop: StopHandle,
 }
@@ -112,15 +118,19 @@ pub struct Tuning {
 
 impl Export {
     /// An export of `image`, which `stop` ends.
-    #[must_use]
+    ///
+    /// # Errors
+    /// If the add-cow file cannot be read, or the host does not tell its boot.
     pub fn new(
         image: OpenImage,
         config: DeviceConfig,
         writeback: bool,
         tuning: Tuning,
         stop: StopHandle,
-    ) -> Self {
-        Self { image: Arc::new(image), config, writeback, tuning, stop }
+    ) -> Result<Self, RecoveryError> {
+        let image = Arc::new(image);
+        let recovery = Arc::new(Recovery::new(Arc::clone(&image), config.num_queues)?);
+        Ok(Self { image, config, writeback, tuning, recovery, stop })
     }
 
     /// Serves until it is stopped, or until the only front end hangs up. Then flushes the disk.
@@ -187,7 +197,8 @@ impl Export {
         let log_limit = LogLimit::default();
         let context = QueueContext { image, device, poll_limit, register_memory, log_limit };
         let memory = SharedMemory::new(GuestMemoryMmap::new());
-        let backend = Arc::new(BlkBackend::new(context, memory.clone()));
+        let backend =
+            Arc::new(BlkBackend::new(context, Arc::clone(&self.recovery), memory.clone()));
         let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)
             .map_err(|error| ExportError::Framework(error.to_string()))?;
         let ours = match connect_framework(&mut daemon) {
@@ -199,7 +210,7 @@ impl Export {
                 return Err(error);
             }
         };
-        let end = interposer::pass(front, &ours, self.stop.event.as_fd());
+        let end = interposer::pass(front, &ours, self.stop.event.as_fd(), &*backend);
         // The framework ends with its socket, but not before it has worked off what it got: then
         // nothing changes the rings any more, and they can be stopped for good.
         drop(ours);

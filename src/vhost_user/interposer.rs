@@ -5,9 +5,11 @@
 //! does not know. File descriptors travel with the message that they came with: messages are read
 //! one by one, because the kernel would glue bytes of the next message to them otherwise.
 //!
-//! Messages are not understood here, with one exception: a queue size that is not a power of two
+//! Most messages are not understood here. GET_INFLIGHT_FD and SET_INFLIGHT_FD are answered and not
+//! passed on: the framework ends the connection over them. A queue size that is not a power of two
 //! ends the connection, where the framework would go on with another size than the driver's.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,6 +20,8 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
+
+use super::recovery::{QueueShape, RecoveryError, Region};
 
 /// Bytes of a message header: request, flags, size of the payload (vhost-user, "Header").
 const HEADER_LEN: usize = 12;
@@ -31,6 +35,26 @@ const MAX_FDS: usize = 32;
 
 /// `VHOST_USER_SET_VRING_NUM`: payload queue index and size, 32 bits each.
 const SET_VRING_NUM: u32 = 8;
+
+/// `VHOST_USER_SET_VRING_KICK`: a ring is about to start.
+const SET_VRING_KICK: u32 = 12;
+
+/// `VHOST_USER_GET_INFLIGHT_FD`: payload as of [`SET_INFLIGHT_FD`], the sizes being ignored.
+const GET_INFLIGHT_FD: u32 = 31;
+
+/// `VHOST_USER_SET_INFLIGHT_FD`: payload size and offset of the region in its file, 64 bits each;
+/// number and size of the queues, 16 bits each. With the region's file.
+const SET_INFLIGHT_FD: u32 = 32;
+
+/// Bytes of that payload. Front ends that send a C structure add four bytes of padding, and expect
+/// as many back.
+const INFLIGHT_LEN: std::ops::RangeInclusive<usize> = 20..=24;
+
+/// Header flag: the version of the protocol, which is 1.
+const FLAG_VERSION: u32 = 1;
+
+/// Header flag of a message that wants to hear whether it succeeded (REPLY_ACK).
+const FLAG_NEED_REPLY: u32 = 8;
 
 /// Header flag of an answer, which repeats the request's number.
 const FLAG_REPLY: u32 = 4;
@@ -46,12 +70,38 @@ pub enum End {
     Stopped,
 }
 
+/// What the device does with messages about inflight regions.
+pub trait InflightMessages {
+    /// GET_INFLIGHT_FD: a new region for these queues.
+    ///
+    /// # Errors
+    /// Why there is none; the connection ends then.
+    fn get(&self, shape: QueueShape) -> Result<Region, RecoveryError>;
+
+    /// SET_INFLIGHT_FD: the region in `file`, of `len` bytes.
+    ///
+    /// # Errors
+    /// Why it cannot be used; the connection ends then.
+    fn set(&self, file: File, len: u64, shape: QueueShape) -> Result<(), RecoveryError>;
+
+    /// SET_VRING_KICK: a ring starts, with a region or without.
+    ///
+    /// # Errors
+    /// Why it may not; the connection ends then.
+    fn ring_starts(&self) -> Result<(), RecoveryError>;
+}
+
 /// Passes messages between `front` and `framework` until one of them hangs up or `stop` becomes
 /// readable.
 ///
 /// # Errors
 /// If waiting or passing on fails; the connection is of no use then.
-pub fn pass(front: &UnixStream, framework: &UnixStream, stop: BorrowedFd<'_>) -> io::Result<End> {
+pub fn pass(
+    front: &UnixStream,
+    framework: &UnixStream,
+    stop: BorrowedFd<'_>,
+    device: &impl InflightMessages,
+) -> io::Result<End> {
     loop {
         let mut fds = [
             PollFd::new(front, PollFlags::IN),
@@ -67,42 +117,145 @@ pub fn pass(front: &UnixStream, framework: &UnixStream, stop: BorrowedFd<'_>) ->
             return Ok(End::Stopped);
         }
         // Answers first: the framework's last words must reach the front end.
-        if framework_ready && !pass_message(framework, front)? {
+        if framework_ready
+            && !receive_message(framework)?.map_or(Ok(false), |answer| answer.send(front))?
+        {
             return Ok(End::Framework);
         }
-        if front_ready && !pass_message(front, framework)? {
-            return Ok(End::FrontEnd);
+        if front_ready {
+            let Some(message) = receive_message(front)? else { return Ok(End::FrontEnd) };
+            if !from_front(message, front, framework, device)? {
+                return Ok(End::FrontEnd);
+            }
         }
     }
 }
 
-/// Passes one message. Returns whether there was a whole one that may pass.
-fn pass_message(from: &UnixStream, to: &UnixStream) -> io::Result<bool> {
-    let mut message = vec![0; HEADER_LEN];
-    let mut fds = Vec::new();
-    if !receive(from, &mut message, &mut fds)? {
-        return Ok(false);
+/// A whole message.
+struct Message {
+    /// Header and payload.
+    bytes: Vec<u8>,
+    /// The descriptors that came with it.
+    fds: Vec<OwnedFd>,
+}
+
+impl Message {
+    /// The answer to a message, with the same number and this payload.
+    fn answer_to(request: u32, payload: &[u8], fds: Vec<OwnedFd>) -> Self {
+        let len = u32::try_from(payload.len()).unwrap_or_default();
+        let header = [request, FLAG_VERSION | FLAG_REPLY, len].map(u32::to_le_bytes);
+        Self { bytes: [header.as_flattened(), payload].concat(), fds }
     }
-    let size = word(&message, 8).and_then(|size| usize::try_from(size).ok()).unwrap_or(usize::MAX);
+
+    /// Which message it is.
+    fn request(&self) -> u32 {
+        word(&self.bytes, 0).unwrap_or_default()
+    }
+
+    /// Whether a flag is set in its header.
+    fn has_flag(&self, flag: u32) -> bool {
+        word(&self.bytes, 4).is_some_and(|flags| flags & flag != 0)
+    }
+
+    /// What follows the header.
+    fn payload(&self) -> &[u8] {
+        self.bytes.get(HEADER_LEN..).unwrap_or_default()
+    }
+
+    /// Sends it. Returns whether the peer is there.
+    fn send(&self, to: &UnixStream) -> io::Result<bool> {
+        match send(to, &self.bytes, &self.fds) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+}
+
+/// Receives one message. `None` if the peer hung up, or sent none that may be.
+fn receive_message(from: &UnixStream) -> io::Result<Option<Message>> {
+    let mut message = Message { bytes: vec![0; HEADER_LEN], fds: Vec::new() };
+    if !receive(from, &mut message.bytes, &mut message.fds)? {
+        return Ok(None);
+    }
+    let size = word(&message.bytes, 8).and_then(|size| usize::try_from(size).ok());
+    let size = size.unwrap_or(usize::MAX);
     if size > MAX_PAYLOAD {
-        return Ok(false);
+        return Ok(None);
     }
-    message.resize(HEADER_LEN + size, 0);
-    if !receive(from, &mut message[HEADER_LEN..], &mut fds)? {
-        return Ok(false);
+    message.bytes.resize(HEADER_LEN + size, 0);
+    let whole = receive(from, &mut message.bytes[HEADER_LEN..], &mut message.fds)?;
+    Ok(whole.then_some(message))
+}
+
+/// Answers a message of the front end, or passes it on. Returns whether the connection goes on.
+fn from_front(
+    message: Message,
+    front: &UnixStream,
+    framework: &UnixStream,
+    device: &impl InflightMessages,
+) -> io::Result<bool> {
+    let request = message.request();
+    if message.has_flag(FLAG_REPLY) {
+        return message.send(framework);
     }
-    if word(&message, 0) == Some(SET_VRING_NUM)
-        && word(&message, 4).is_some_and(|flags| flags & FLAG_REPLY == 0)
-        && let Some(queue_size) = word(&message, HEADER_LEN + 4)
+    if matches!(request, GET_INFLIGHT_FD | SET_INFLIGHT_FD) {
+        return match answer_inflight(message, device) {
+            Ok(None) => Ok(true),
+            Ok(Some(answer)) => answer.send(front),
+            Err(error) => {
+                log::error!("front end: {error}");
+                Ok(false)
+            }
+        };
+    }
+    if request == SET_VRING_NUM
+        && let Some(queue_size) = word(message.payload(), 4)
         && !queue_size.is_power_of_two()
     {
         log::error!("front end: queue size {queue_size} is not a power of two");
         return Ok(false);
     }
-    match send(to, &message, &fds) {
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
-        result => result.map(|()| true),
+    if request == SET_VRING_KICK
+        && let Err(error) = device.ring_starts()
+    {
+        log::error!("a queue cannot start: {error}");
+        return Ok(false);
     }
+    message.send(framework)
+}
+
+/// Answers a message about an inflight region.
+fn answer_inflight(
+    message: Message,
+    device: &impl InflightMessages,
+) -> Result<Option<Message>, RecoveryError> {
+    let bad = RecoveryError::Refused("the message about it is malformed");
+    let payload = message.payload();
+    let number = |offset: usize| {
+        let bytes = payload.get(offset..).and_then(|rest| rest.first_chunk());
+        bytes.map(|bytes| u64::from_le_bytes(*bytes))
+    };
+    let (Some(len), Some(offset), Some(shape), true) =
+        (number(0), number(8), word(payload, 16), INFLIGHT_LEN.contains(&payload.len()))
+    else {
+        return Err(bad);
+    };
+    let [a, b, c, d] = shape.to_le_bytes();
+    let shape = QueueShape { queues: u16::from_le_bytes([a, b]), size: u16::from_le_bytes([c, d]) };
+    if message.request() == GET_INFLIGHT_FD {
+        let region = device.get(shape)?;
+        let mut answer = payload.to_vec();
+        answer[..8].copy_from_slice(&region.len().to_le_bytes());
+        answer[8..16].fill(0);
+        let fd = region.file().try_clone().map_err(RecoveryError::Memory)?;
+        return Ok(Some(Message::answer_to(GET_INFLIGHT_FD, &answer, vec![fd.into()])));
+    }
+    let wants_reply = message.has_flag(FLAG_NEED_REPLY);
+    let mut fds = message.fds.into_iter();
+    let (Some(fd), None, 0) = (fds.next(), fds.next(), offset) else { return Err(bad) };
+    device.set(fd.into(), len, shape)?;
+    let done = || Message::answer_to(SET_INFLIGHT_FD, &0_u64.to_le_bytes(), Vec::new());
+    Ok(wants_reply.then(done))
 }
 
 /// The 32-bit word at byte `offset` of a message. vhost-user is in the machine's own byte order,

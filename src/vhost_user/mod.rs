@@ -14,11 +14,12 @@
 //!   in flight while the control thread touches it.
 //! * [`queue`]: the worker's loop, which keeps the framework's thread for as long as its ring runs.
 //! * [`interposer`]: passes messages between the real socket and the framework's own, because the
-//!   framework takes no socket that is connected already.
+//!   framework takes no socket that is connected already, and knows nothing of inflight regions.
+//! * [`recovery`]: what outlives this process: requests in flight and new bits.
 //! * [`export`]: one listener for ever, a new connection state each time.
 //!
 //! Messages answered: all of the framework's with these protocol features: MQ, CONFIG, REPLY_ACK,
-//! CONFIGURE_MEM_SLOTS, RESET_DEVICE, BACKEND_REQ. Not yet: LOG_SHMFD, INFLIGHT_SHMFD.
+//! CONFIGURE_MEM_SLOTS, RESET_DEVICE, BACKEND_REQ; and by ourselves INFLIGHT_SHMFD. Not yet: LOG_SHMFD.
 
 pub mod backend;
 pub mod exit_event;
@@ -26,6 +27,7 @@ pub mod export;
 pub mod interposer;
 pub mod polling;
 pub mod queue;
+pub mod recovery;
 pub mod vring;
 
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};

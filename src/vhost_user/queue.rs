@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use super::polling::Polling;
 use super::vring::{RunPermit, ring_eventfd};
 use crate::executor::TaskPool;
+use crate::image::journal::BitJournal;
 use crate::image::open::OpenImage;
 use crate::log_limit::LogLimit;
 use crate::storage::buffer::IoMemory;
@@ -20,6 +21,7 @@ use crate::storage::uring::Ring;
 use crate::virtio::chain::{self, Chain, MAX_DESCRIPTORS};
 use crate::virtio::device::{BlockDevice, DeviceState};
 use crate::virtio::guest_memory::GuestMap;
+use crate::virtio::inflight::InflightQueue;
 use crate::virtio::request::Used;
 use crate::virtio::ring::{RingError, SplitRing};
 
@@ -64,6 +66,15 @@ pub struct QueueContext {
     pub log_limit: LogLimit,
 }
 
+/// What of a queue outlives the process.
+#[derive(Debug)]
+pub struct Heritage {
+    /// Its requests in flight.
+    pub inflight: InflightQueue,
+    /// The bits that its requests set.
+    pub journal: Option<Arc<BitJournal>>,
+}
+
 /// Runs a queue until a pause is asked for. The ring's position is stored in any case.
 ///
 /// # Errors
@@ -73,8 +84,17 @@ pub fn run(
     permit: &RunPermit,
     map: &Rc<GuestMap>,
     indirect: bool,
+    heritage: Option<Heritage>,
 ) -> Result<(), QueueError> {
     let mut virtqueue = SplitRing::new(map, permit.setup)?;
+    let mut journal = None;
+    if let Some(heritage) = heritage {
+        journal = heritage.journal;
+        let count = virtqueue.track(heritage.inflight);
+        if count > 0 {
+            log::info!("{count} requests were in flight when the last process ended: once more");
+        }
+    }
     let ring = Ring::new()?;
     if context.register_memory
         && let Err(error) = ring.register_memory(&map.regions(), map.owner())
@@ -83,7 +103,7 @@ pub fn run(
     }
     ring.watch(Arc::clone(&permit.kick), KICK)?;
     ring.watch(Arc::clone(permit.control().wake_fd()), WAKE)?;
-    let image = context.image.handle(|file| ring.storage(file));
+    let image = context.image.handle(|file| ring.storage(file)).with_journal(journal);
     let device = BlockDevice::new(Arc::clone(&context.device), image);
     let wake: Arc<OwnedFd> = Arc::clone(permit.control().wake_fd());
     let pool = TaskPool::new(MAX_REQUESTS, Box::new(move || ring_eventfd(&wake)));
@@ -203,7 +223,8 @@ impl Worker<'_> {
             let mut progress = self.ring.reap(|_token| {});
             progress += pool.poll_ready(|used| self.virtqueue.push_used(used.head, used.len));
             let stopping = failure.is_some() || self.permit.control().pause_wanted();
-            if !stopping {
+            // What another process had taken is in flight: it is drained, too.
+            if !stopping || (failure.is_none() && self.virtqueue.has_replay()) {
                 match self.take(&mut pool, &serve) {
                     Ok(taken) => progress += taken,
                     Err(error) => failure = Some(error.into()),
@@ -212,7 +233,10 @@ impl Worker<'_> {
             if self.virtqueue.publish() {
                 self.permit.control().call();
             }
-            if stopping && pool.running() == 0 {
+            if stopping
+                && pool.running() == 0
+                && (failure.is_some() || !self.virtqueue.has_replay())
+            {
                 return failure.map_or(Ok(()), Err);
             }
             if progress > 0 {

@@ -20,5 +20,6 @@ pub mod chain;
 pub mod config;
 pub mod device;
 pub mod guest_memory;
+pub mod inflight;
 pub mod request;
 pub mod ring;

@@ -6,10 +6,12 @@
 //!
 //! Not here: descriptors (`chain`), eventfds (`vhost_user`).
 
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::atomic::{Ordering, fence};
 
 use super::guest_memory::{GuestMap, RingArea, Unmapped};
+use super::inflight::InflightQueue;
 
 /// Bytes in front of the entries of both rings: flags and index, 16 bits each.
 const RING_HEADER: usize = 4;
@@ -91,6 +93,10 @@ pub struct SplitRing {
     used_event: usize,
     /// Offset of `avail_event` in the used ring.
     avail_event: usize,
+    /// Where requests in flight are noted; `None` if nobody would take them over.
+    inflight: Option<InflightQueue>,
+    /// Heads that a process before this one had taken and not completed; taken first.
+    replay: VecDeque<u16>,
 }
 
 /// Bytes of a ring of `size` entries of `entry` bytes, with its header and the event word.
@@ -127,7 +133,36 @@ impl SplitRing {
             published: setup.next_used,
             used_event: avail_len.saturating_sub(2),
             avail_event: used_len.saturating_sub(2),
+            inflight: None,
+            replay: VecDeque::new(),
         })
+    }
+
+    /// Notes requests in flight in `inflight` from now on, and takes those once more that it holds.
+    /// Returns how many.
+    ///
+    /// The front end does not know what a process that died had taken, and starts the ring where
+    /// the used ring ends: what was in flight lies behind that in the available ring.
+    pub fn track(&mut self, mut inflight: InflightQueue) -> usize {
+        let used_index = self.used.load_u16(2, Ordering::Acquire);
+        let heads = inflight.recover(used_index);
+        let count = heads.len();
+        if let Ok(ahead) = u16::try_from(count)
+            && ahead > 0
+        {
+            (self.next_used, self.published) = (used_index, used_index);
+            self.next_avail = used_index.wrapping_add(ahead);
+            self.seen_avail = self.next_avail;
+        }
+        self.replay = heads.into();
+        self.inflight = Some(inflight);
+        count
+    }
+
+    /// Whether there are requests to be taken once more.
+    #[must_use]
+    pub fn has_replay(&self) -> bool {
+        !self.replay.is_empty()
     }
 
     /// Number of entries.
@@ -159,6 +194,9 @@ impl SplitRing {
     /// # Errors
     /// `AvailIndex`: the ring is beyond use until it is set up again.
     pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        if let Some(head) = self.replay.pop_front() {
+            return Ok(Some(head));
+        }
         if self.seen_avail == self.next_avail {
             // Acquire: the entry and its descriptors were written before the index (2.7.13).
             let index = self.available.load_u16(2, Ordering::Acquire);
@@ -174,13 +212,16 @@ impl SplitRing {
         }
         let head = self.available.load_u16(self.position(self.next_avail, 2), Ordering::Relaxed);
         self.next_avail = self.next_avail.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.take(head);
+        }
         Ok(Some(head))
     }
 
     /// Whether the driver has made a chain available that was not taken.
     #[must_use]
     pub fn has_available(&self) -> bool {
-        self.available.load_u16(2, Ordering::Relaxed) != self.next_avail
+        self.has_replay() || self.available.load_u16(2, Ordering::Relaxed) != self.next_avail
     }
 
     /// Fills the next used entry: chain `head`, of whose device-writable part `len` bytes were
@@ -190,6 +231,9 @@ impl SplitRing {
         self.used.store_u32(position, u32::from(head));
         self.used.store_u32(position.saturating_add(4), len);
         self.next_used = self.next_used.wrapping_add(1);
+        if let Some(inflight) = &mut self.inflight {
+            inflight.complete(head);
+        }
     }
 
     /// Shows the driver what [`SplitRing::push_used`] filled. Returns whether it wants a call.
@@ -201,6 +245,9 @@ impl SplitRing {
         // Release: entries before index (2.7.8.2).
         self.used.store_u16(2, new, Ordering::Release);
         self.published = new;
+        if let Some(inflight) = &mut self.inflight {
+            inflight.published(new);
+        }
         // The index must be visible before we look whether the driver wants to hear of it
         // (2.7.7.2), or both of us might conclude that the other one knows.
         fence(Ordering::SeqCst);
@@ -224,7 +271,7 @@ impl SplitRing {
         }
         // The request to kick must be visible before we look for the last time (2.7.10).
         fence(Ordering::SeqCst);
-        self.available.load_u16(2, Ordering::Acquire) != self.next_avail
+        self.has_replay() || self.available.load_u16(2, Ordering::Acquire) != self.next_avail
     }
 
     /// Tells the driver that kicks are not needed for now. With the event index there is nothing

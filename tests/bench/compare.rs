@@ -34,7 +34,7 @@ use regex_lite::Regex;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use disks::{Disks, Figures, Pinning};
-use drive::Times;
+use drive::{Seen, Times};
 use machine::Machine;
 use record::{Place, Record, Results};
 use targets::{Programs, Target};
@@ -334,8 +334,8 @@ impl<'a> Session<'a> {
     }
 
     /// One run, made again while the hypervisor takes the processors away: client and server poll
-    /// for each other, so that one of them standing still stops both. Not where that does not show,
-    /// since the rate is that of the median slice.
+    /// for each other, so that one of them standing still stops both. Where the rate is that of the
+    /// median slice, a few such moments do not show.
     fn run_undisturbed(
         &self,
         disks: &mut Disks,
@@ -349,7 +349,12 @@ impl<'a> Session<'a> {
             let figures = disks.run(target, workload, self.times)?;
             let stolen = machine::stolen_seconds()? - stolen;
             tries += 1;
-            if place.is_steady(workload) || stolen <= MAX_STOLEN * start.elapsed().as_secs_f64() {
+            let is_disturbed = if place.is_steady(workload) {
+                figures.seen.iter().any(Seen::is_uneven)
+            } else {
+                stolen > MAX_STOLEN * start.elapsed().as_secs_f64()
+            };
+            if !is_disturbed {
                 return Ok(figures);
             }
             if tries == MAX_TRIES {

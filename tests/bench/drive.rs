@@ -72,10 +72,20 @@ impl Seen {
     /// Requests per second in the median slice: what a moment in which the hypervisor had taken a
     /// processor away does not change.
     pub fn median_rate(&self) -> f64 {
+        self.slice_rate(500)
+    }
+
+    /// Whether so many slices were disturbed that the median may be one of them.
+    pub fn is_uneven(&self) -> bool {
+        self.slice_rate(500) < 0.8 * self.slice_rate(900)
+    }
+
+    /// Requests per second in the slice that `permille` of the slices do not exceed.
+    fn slice_rate(&self, permille: usize) -> f64 {
         let mut slices = self.slices.clone();
         slices.sort_unstable();
-        let median = slices.get(slices.len() / 2).copied().unwrap_or_default();
-        median as f64 * 1e3 / SLICE_MS as f64
+        let slice = slices.get(slices.len() * permille / 1000).copied().unwrap_or_default();
+        slice as f64 * 1e3 / SLICE_MS as f64
     }
 }
 

@@ -270,7 +270,8 @@ impl Results {
         let ratios = self.cell(place, workload, target).filter_map(|record| {
             let mut others = self.cell(place, workload, other);
             let other = others.find(|other| other.round == record.round)?;
-            Some(figure(record) / figure(other))
+            // A run that stood still all the time is no measure for another.
+            Some(figure(other)).filter(|other| *other > 0.0).map(|other| figure(record) / other)
         });
         Spread::of(ratios.collect())
     }

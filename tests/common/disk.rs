@@ -318,12 +318,22 @@ impl Daemon {
         fields.map(|field| field.parse::<u64>().expect("a number")).sum()
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("send a signal");
+    }
+
     /// Asks it to end with SIGTERM and waits at most `limit`.
     pub fn terminate(&mut self, limit: Duration) -> ExitStatus {
-        let pid = Pid::from_child(&self.child);
-        kill_process(pid, Signal::TERM).expect("send SIGTERM");
+        self.signal(Signal::TERM);
         wait_for_exit(&mut self.child, limit)
             .unwrap_or_else(|| panic!("still there {limit:?} after SIGTERM"))
+    }
+
+    /// Kills it, as the kernel does that is out of memory.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("send SIGKILL");
+        self.child.wait().expect("wait for the daemon");
     }
 
     /// Ends it as an operator would; the files are complete afterwards.

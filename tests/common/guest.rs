@@ -8,6 +8,7 @@
 //! Relies on the front end of the `vhost` crate for the encoding of messages.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -15,7 +16,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use vhost::vhost_user::message::{
-    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures,
+    VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VringConfigData};
@@ -75,6 +76,7 @@ pub fn known_protocol() -> VhostUserProtocolFeatures {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::RESET_DEVICE
         | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
 }
 
 /// Bytes of config space that the tests read: what VIRTIO 1.3 defines up to write-zeroes.
@@ -193,12 +195,28 @@ pub struct Guest {
     pub setup: Setup,
     /// Requests in flight by queue and head.
     pending: HashMap<(usize, u16), Pending>,
+    /// What the device wants to get back after its death; none before [`Guest::keep_inflight`].
+    inflight: Option<Kept>,
     /// The socket once more, for messages that the encoder cannot express.
     stream: UnixStream,
     /// The message encoder.
     front: FrontDebug,
     /// Bounds each message.
     watchdog: Watchdog,
+}
+
+/// Memory that is kept for the device.
+struct Kept {
+    /// What the device said about it.
+    region: VhostUserInflight,
+    /// Its file.
+    file: File,
+}
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kept").field("len", &self.region.mmap_size).finish_non_exhaustive()
+    }
 }
 
 /// The front end of `vhost`, which does not implement `Debug`.
@@ -214,12 +232,71 @@ impl Guest {
     /// A guest on `stream` with everything negotiated and all rings running.
     pub fn start(stream: UnixStream, setup: Setup) -> Self {
         let mut guest = Self::negotiate(stream, setup);
-        let table = guest.mem.table();
-        guest.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
-        for queue in 0..guest.rings.len() {
-            guest.start_ring(queue);
-        }
+        guest.start_rings();
         guest
+    }
+
+    /// The same, and it keeps what the device needs to go on after its death.
+    pub fn start_recoverable(stream: UnixStream, setup: Setup) -> Self {
+        let mut guest = Self::negotiate(stream, setup);
+        guest.keep_inflight();
+        guest.start_rings();
+        guest
+    }
+
+    /// Tells the device about memory, and starts all rings.
+    fn start_rings(&mut self) {
+        let table = self.mem.table();
+        self.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
+        for queue in 0..self.rings.len() {
+            self.start_ring(queue);
+        }
+    }
+
+    /// Gets the memory for requests in flight, and hands it back, as QEMU does before rings start.
+    pub fn keep_inflight(&mut self) {
+        let queues = u16::try_from(self.setup.queues).expect("few queues");
+        let shape = VhostUserInflight::new(0, 0, queues, self.setup.size);
+        let got = self.must("GET_INFLIGHT_FD", |front| front.get_inflight_fd(&shape));
+        self.inflight = Some(Kept { region: got.0, file: got.1 });
+        self.give_inflight().expect("SET_INFLIGHT_FD");
+    }
+
+    /// Hands the memory for requests in flight back.
+    pub fn give_inflight(&mut self) -> vhost::Result<()> {
+        let kept = self.inflight.take().expect("kept before");
+        let fd = kept.file.as_raw_fd();
+        let result = self.message("SET_INFLIGHT_FD", |f| f.set_inflight_fd(&kept.region, fd));
+        self.inflight = Some(kept);
+        result
+    }
+
+    /// The memory for requests in flight.
+    pub fn inflight(&mut self) -> (&mut VhostUserInflight, &mut File) {
+        let kept = self.inflight.as_mut().expect("kept before");
+        (&mut kept.region, &mut kept.file)
+    }
+
+    /// Goes on with another process behind `stream`, knowing nothing but what is in memory: rings
+    /// begin where the used ring ends. Whether it accepted the memory for requests in flight.
+    pub fn reconnect(&mut self, stream: UnixStream) -> vhost::Result<()> {
+        self.watchdog = Watchdog::new(stream.try_clone().expect("another descriptor"));
+        self.stream = stream.try_clone().expect("another descriptor");
+        self.front = FrontDebug(Frontend::from_stream(stream, 64));
+        self.hand_shake();
+        if self.inflight.is_some() {
+            self.give_inflight()?;
+        }
+        let table = self.mem.table();
+        self.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
+        for queue in 0..self.rings.len() {
+            let base = self.rings[queue].device_index();
+            self.configure_ring_at(queue, base);
+            self.enable(queue, true);
+            // As QEMU does: what was kicked for may have gone with the old process.
+            self.rings[queue].kick_always();
+        }
+        Ok(())
     }
 
     /// A guest that has negotiated features but told nothing about memory and rings.
@@ -236,25 +313,32 @@ impl Guest {
             protocol: VhostUserProtocolFeatures::empty(),
             setup,
             pending: HashMap::new(),
+            inflight: None,
             stream: raw,
             front,
             watchdog,
         };
-        guest.offered = guest.must("GET_FEATURES", |front| front.get_features());
-        guest.protocol = guest.must("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features());
-        let protocol = guest.protocol & guest.setup.protocol;
-        guest.must("SET_PROTOCOL_FEATURES", |front| front.set_protocol_features(protocol));
-        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
-            guest.front.0.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
-        }
-        guest.must("SET_OWNER", |front| front.set_owner());
-        guest.features = guest.offered & guest.setup.features | F_PROTOCOL;
+        guest.hand_shake();
         let features = guest.features;
-        guest.must("SET_FEATURES", |front| front.set_features(features));
         let (event_idx, setup) = (features & F_EVENT_IDX != 0, guest.setup.clone());
         let ring = |_| Ring::new(&guest.mem, setup.size, setup.start, event_idx);
         guest.rings = (0..setup.queues).map(ring).collect();
         guest
+    }
+
+    /// Negotiates features.
+    fn hand_shake(&mut self) {
+        self.offered = self.must("GET_FEATURES", |front| front.get_features());
+        self.protocol = self.must("GET_PROTOCOL_FEATURES", |f| f.get_protocol_features());
+        let protocol = self.protocol & self.setup.protocol;
+        self.must("SET_PROTOCOL_FEATURES", |front| front.set_protocol_features(protocol));
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            self.front.0.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        self.must("SET_OWNER", |front| front.set_owner());
+        self.features = self.offered & self.setup.features | F_PROTOCOL;
+        let features = self.features;
+        self.must("SET_FEATURES", |front| front.set_features(features));
     }
 
     /// Sends a message; an error means that it was refused or that the connection is gone.
@@ -308,8 +392,13 @@ impl Guest {
 
     /// Tells the device about ring `queue` without enabling it.
     pub fn configure_ring(&mut self, queue: usize) {
-        let ring = &self.rings[queue];
-        let (size, base) = (ring.size, ring.next_avail());
+        let base = self.rings[queue].next_avail();
+        self.configure_ring_at(queue, base);
+    }
+
+    /// The same with `base` as the index of the next chain.
+    fn configure_ring_at(&mut self, queue: usize, base: u16) {
+        let size = self.rings[queue].size;
         let config = self.ring_config(queue);
         self.must("SET_VRING_NUM", |front| front.set_vring_num(queue, size));
         self.must("SET_VRING_BASE", |front| front.set_vring_base(queue, base));

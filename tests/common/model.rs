@@ -199,12 +199,17 @@ impl Workload {
     /// Runs `batches` batches on `guest` and keeps `model` in step.
     pub fn run(&mut self, guest: &mut Guest, model: &mut Model, batches: usize) {
         for _ in 0..batches {
-            self.run_batch(guest, model);
+            self.run_batch(guest, model, |_| {});
         }
     }
 
-    /// Submits one batch on all queues, then checks every reply.
-    fn run_batch(&mut self, guest: &mut Guest, model: &mut Model) {
+    /// Submits one batch on all queues, does something, then checks every reply.
+    pub fn run_batch(
+        &mut self,
+        guest: &mut Guest,
+        model: &mut Model,
+        meanwhile: impl FnOnce(&mut Guest),
+    ) {
         let sectors = model.sectors();
         let near = self.rng.pick(0..sectors);
         let (mut taken, mut flying) = (Vec::new(), HashMap::new());
@@ -222,8 +227,9 @@ impl Workload {
             }
             flying.insert((queue, head), (op, request.writable, framing));
         }
+        (0..guest.rings.len()).for_each(|queue| guest.kick(queue));
+        meanwhile(guest);
         for queue in 0..guest.rings.len() {
-            guest.kick(queue);
             for _ in 0..flying.keys().filter(|(q, _)| *q == queue).count() {
                 let (head, reply) = guest.finish(queue);
                 let (op, writable, framing) = &flying[&(queue, head)];

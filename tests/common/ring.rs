@@ -169,6 +169,11 @@ impl Ring {
         self.next_avail
     }
 
+    /// How far the device has come with the used ring.
+    pub fn device_index(&self) -> u16 {
+        self.mem.load_u16(self.used + 2)
+    }
+
     /// Writes descriptor `index` of the table; for chains made by hand.
     pub fn put(&self, index: u16, desc: Desc) {
         self.mem.write(self.desc + 16 * u64::from(index), &desc.bytes());

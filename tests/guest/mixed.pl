@@ -5,7 +5,7 @@
 # content that the add-cow disks begin with. Two processes, each on its own processor and so on
 # its own virtqueue, own alternating stripes of sectors. Stripes are not aligned to clusters, so
 # both processes write parts of the same clusters at the same time. Everything goes past the guest's
-# page cache. In the middle it asks for the daemons to be restarted, and goes on meanwhile.
+# page cache. In the middle it asks for the daemons to be restarted, and goes on until that is done.
 #
 # Discarded ranges are written again before anybody reads them: what a discarded sector reads as
 # is not determined.
@@ -21,7 +21,8 @@ use constant {
     SYS_FALLOCATE => 285,
     FALLOC_PUNCH_HOLE_KEEP_SIZE => 3,
     LARGEST_BYTES => 1 << 20,
-    OPERATIONS => 400,        # per process
+    OPERATIONS => 400,        # per process, at least
+    RESTARTED => '/run/restarted',
 };
 
 STDOUT->autoflush(1);
@@ -38,6 +39,7 @@ my $read_start = -unpack('J', pack('p', $read_buffer)) & 4095;
 compare_disks('before the workload');
 my @children = map { start_worker($_) } 0, 1;  # the first one asks for the restart
 my $answer = <STDIN>;
+open my $mark, '>', RESTARTED or die "@{[RESTARTED]}: $!\n";
 print "daemons are back, the workload goes on\n";
 for my $child (@children) {
     waitpid $child, 0;
@@ -98,11 +100,13 @@ sub start_worker {
     system("taskset -cp $number $$ >/dev/null") == 0 or die "taskset failed\n";
     srand 4711 + $number;
     my @handles = open_disks();
-    for my $turn (1 .. OPERATIONS) {
+    my $turn = 0;
+    until ($turn >= OPERATIONS && -e RESTARTED) {
+        ++$turn;
         print "restart the daemons\n" if $number == 0 && $turn == OPERATIONS / 2;
         operate($number, $turn, @handles);
     }
-    print "process $number: @{[OPERATIONS]} operations on every disk\n";
+    print "process $number: $turn operations on every disk\n";
     $_->sync or die "sync: $!\n" for @handles;
     exit 0;
 }

@@ -12,6 +12,7 @@ use crate::cli::output::print;
 use crate::cli::tool::on_disk;
 use crate::executor::block_on;
 use crate::image::inspect::{DiskAccess, DiskFiles};
+use crate::image::session;
 use crate::jobs::parts::DiskParts;
 use crate::jobs::reset;
 use crate::storage::file::FileStorage;
@@ -35,6 +36,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
     let (side, raw) =
         (FileStorage::new(Arc::clone(&disk.side)), FileStorage::new(Arc::clone(&disk.raw)));
     let header = disk.header.clone();
+    session::renew_in(&disk.side)?;
     let parts = DiskParts { side: &side, raw: &raw, header, geometry: disk.geometry };
     block_on(reset::reset(&parts)).map_err(on_disk(&arguments.disk))?;
     if !arguments.quiet {

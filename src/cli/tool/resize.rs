@@ -20,6 +20,7 @@ use crate::image::chain::DiskFormat;
 use crate::image::create::{check_size, new_geometry};
 use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::image::open::{OpenOptions, raw};
+use crate::image::session;
 use crate::jobs::parts::DiskParts;
 use crate::jobs::resize;
 use crate::storage::Storage;
@@ -90,6 +91,7 @@ fn resize_disk(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Er
     let backing = if size > present { disk.open_backing(CacheMode::Buffered)? } else { None };
     let backing = backing.as_ref().map(|chain| chain.handle(FileStorage::new));
     let header = disk.header.clone();
+    session::renew_in(&disk.side)?;
     let parts = DiskParts { side: &side, raw: &raw, header, geometry: disk.geometry };
     block_on(resize::resize(&parts, backing.as_ref(), new)).map_err(on_disk(path))
 }

@@ -1,0 +1,365 @@
+//! What outlives the daemon: requests in flight and new bits, in memory that the front end keeps
+//! (vhost-user, "Inflight I/O tracking"; design: docs/decisions/0010-recovery.md).
+//!
+//! ```text
+//!   GET_INFLIGHT_FD   we make a region and hand it out
+//!   SET_INFLIGHT_FD   the front end gives it back: at once, or to the process after this one,
+//!                     which takes its bits and, as each ring starts, its requests
+//! ```
+//!
+//! A region is only good for the disk, in the state, on the host, for which it was made: it names
+//! the boot of the host, both files by (device, inode), the session of the add-cow file and the
+//! shape of the disk. Any other is refused, since its bits would show wrong bytes. What it says
+//! beyond that is not trusted: the front end can write to it.
+//!
+//! Not here: the messages (`interposer`), and what is done with requests (`virtio::inflight`).
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+
+use crate::executor::block_on;
+use crate::image::ImageError;
+use crate::image::journal::{BitJournal, JournalError};
+use crate::image::open::OpenImage;
+use crate::image::session::{self, Session};
+use crate::storage::file::FileStorage;
+use crate::storage::shared_memory::SharedMemory;
+use crate::virtio::inflight::InflightQueue;
+
+/// The first word of a region: it is one of ours, in the layout of this version.
+const MAGIC: u64 = u64::from_le_bytes(*b"addcowR1");
+
+/// Words of a region before its first queue; the header takes the first [`HEADER_WORDS`] of them.
+const QUEUES_START: usize = 512;
+
+/// Words of the header, with the checksum at its end.
+const HEADER_WORDS: usize = 13;
+
+/// Each queue, and the bits, begin at a multiple of so many words: a cache line.
+const ALIGNMENT: usize = 8;
+
+/// The most entries of a queue (VIRTIO 1.3, 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// How many queues of which size a front end has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueShape {
+    /// Number of queues.
+    pub queues: u16,
+    /// Entries of each: a power of two, 1 to 32768.
+    pub size: u16,
+}
+
+/// Why there is no region.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoveryError {
+    /// The front end asks for queues that the device does not have.
+    #[error("{} queues of {} entries are not what this device has", .0.queues, .0.size)]
+    Shape(QueueShape),
+    /// What the front end gave back cannot be used.
+    #[error("recovery state is refused: {0}")]
+    Refused(&'static str),
+    /// Its bits make no sense.
+    #[error("recovery state is refused: {0}")]
+    Journal(#[from] JournalError),
+    /// Memory for it could not be had or mapped.
+    #[error("recovery state: {0}")]
+    Memory(#[source] io::Error),
+    /// The disk could not be read or written.
+    #[error("recovery: {0}")]
+    Disk(#[from] ImageError),
+}
+
+/// Where things lie in a region, in words.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    /// The queues.
+    shape: QueueShape,
+    /// Words from one queue to the next.
+    stride: usize,
+    /// The first word with bits.
+    bits: usize,
+    /// All words.
+    words: usize,
+}
+
+impl Layout {
+    /// The layout for these queues and so many clusters; `None` if it does not fit into memory.
+    fn new(shape: QueueShape, clusters: u64) -> Option<Self> {
+        let stride = InflightQueue::words(shape.size).next_multiple_of(ALIGNMENT);
+        let queues = usize::from(shape.queues).checked_mul(stride)?;
+        let bits = QUEUES_START.checked_add(queues)?;
+        let words = bits.checked_add(BitJournal::words(clusters)?)?;
+        Some(Self { shape, stride, bits, words })
+    }
+}
+
+/// A region in use.
+#[derive(Debug)]
+pub struct Region {
+    /// Its memory.
+    memory: Arc<SharedMemory>,
+    /// What lies where.
+    layout: Layout,
+    /// The new bits; `None` if the disk has none.
+    pub journal: Option<Arc<BitJournal>>,
+}
+
+impl Region {
+    /// The requests in flight of queue `index`, if it has `size` entries.
+    #[must_use]
+    pub fn queue(&self, index: usize, size: u16) -> Option<InflightQueue> {
+        let Layout { shape, stride, .. } = self.layout;
+        if index >= usize::from(shape.queues) || size > shape.size {
+            return None;
+        }
+        let first = QUEUES_START.checked_add(index.checked_mul(stride)?)?;
+        Some(InflightQueue::new(Arc::clone(&self.memory), first, size))
+    }
+
+    /// Bytes of the region.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        self.layout.words as u64 * 8
+    }
+
+    /// Whether it has no bytes, which none has.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.layout.words == 0
+    }
+
+    /// The file that the front end keeps.
+    #[must_use]
+    pub fn file(&self) -> &File {
+        self.memory.file()
+    }
+}
+
+/// Where the disk's session stands.
+#[derive(Debug)]
+enum Stage {
+    /// This process has not done anything that an older region does not know: it may still be
+    /// taken, if it is of this session.
+    Untouched(Session),
+    /// This process goes on with that session.
+    Begun(Session),
+}
+
+/// The recovery of one disk, for as long as it is served.
+#[derive(Debug)]
+pub struct Recovery {
+    /// The disk.
+    image: Arc<OpenImage>,
+    /// The most queues.
+    max_queues: u16,
+    /// The boot of the host.
+    boot: [u64; 2],
+    /// Where the session stands.
+    stage: Mutex<Stage>,
+}
+
+impl Recovery {
+    /// The recovery of `image`, served with up to `max_queues` queues.
+    ///
+    /// # Errors
+    /// `Disk` if the add-cow file cannot be read, `Memory` if the host does not tell its boot.
+    pub fn new(image: Arc<OpenImage>, max_queues: u16) -> Result<Self, RecoveryError> {
+        let session = match &image.side {
+            Some(side) if image.state.clusters() > 0 && image.state.is_writable() => {
+                block_on(session::read(&FileStorage::new(Arc::clone(side))))?
+            }
+            _ => Session::Impossible,
+        };
+        if session == Session::Impossible && image.state.clusters() > 0 && image.state.is_writable()
+        {
+            log::warn!(
+                "the add-cow file's names leave no room for a session number: clusters that are \
+                 new since the last flush are lost if this process is killed"
+            );
+        }
+        let boot = boot_id().map_err(RecoveryError::Memory)?;
+        Ok(Self { image, max_queues, boot, stage: Mutex::new(Stage::Untouched(session)) })
+    }
+
+    /// Begins a session of this process's own, unless it has one: from here on older regions know
+    /// less than the disk does.
+    ///
+    /// # Errors
+    /// `Disk`, with what the host said.
+    pub fn begin(&self) -> Result<(), RecoveryError> {
+        let mut stage = self.stage.lock().expect("no panic while held");
+        let Stage::Untouched(old) = *stage else { return Ok(()) };
+        let new = match &self.image.side {
+            Some(side) if old != Session::Impossible => {
+                block_on(session::renew(&FileStorage::new(Arc::clone(side))))?
+            }
+            _ => Session::Impossible,
+        };
+        *stage = Stage::Begun(new);
+        Ok(())
+    }
+
+    /// Makes a region for a front end with these queues.
+    ///
+    /// # Errors
+    /// `Shape`, `Disk` and `Memory`.
+    pub fn offer(&self, shape: QueueShape) -> Result<Region, RecoveryError> {
+        self.check_shape(shape)?;
+        self.begin()?;
+        let layout = self.layout(shape)?;
+        let memory = SharedMemory::create("addcowd-inflight", layout.words);
+        let memory = memory.map_err(RecoveryError::Memory)?;
+        for (index, value) in self.header(shape, self.session()).into_iter().enumerate() {
+            if let Some(word) = memory.word(index) {
+                word.store(value, Ordering::SeqCst);
+            }
+        }
+        Ok(self.region(memory, layout))
+    }
+
+    /// Takes a region that a front end gives back, and with it the bits that are new to this
+    /// process: they are durable when this returns. No queue runs meanwhile.
+    ///
+    /// # Errors
+    /// `Refused` and `Journal` if it is not for this disk as it is now, or damaged: nothing has
+    /// changed then. `Disk` if the host failed.
+    pub fn accept(&self, file: File, shape: QueueShape) -> Result<Region, RecoveryError> {
+        self.check_shape(shape)?;
+        let layout = self.layout(shape)?;
+        let memory = SharedMemory::open(file).map_err(RecoveryError::Memory)?;
+        if memory.words() != layout.words {
+            return Err(RecoveryError::Refused("its length is not that of this disk's"));
+        }
+        let session = self.session();
+        let word = |index| memory.word(index).map_or(0, |word| word.load(Ordering::SeqCst));
+        let found: [u64; HEADER_WORDS] = std::array::from_fn(word);
+        check_header(&found, &self.header(shape, session))?;
+        let region = self.region(memory, layout);
+        if let Some(journal) = &region.journal {
+            let new = journal.replay(self.image.state.allocation())?;
+            if new > 0 {
+                log::info!("{new} clusters were new when the last process ended: taken over");
+                // Syncs the raw image before it writes a bit (I1).
+                block_on(self.image.handle(FileStorage::new).flush())?;
+            }
+        }
+        *self.stage.lock().expect("no panic while held") = Stage::Begun(session);
+        Ok(region)
+    }
+
+    /// The session that this process goes on with, or would if it were given a region now.
+    fn session(&self) -> Session {
+        match *self.stage.lock().expect("no panic while held") {
+            Stage::Untouched(session) | Stage::Begun(session) => session,
+        }
+    }
+
+    /// Refuses queues that the device does not have.
+    fn check_shape(&self, shape: QueueShape) -> Result<(), RecoveryError> {
+        let QueueShape { queues, size } = shape;
+        let is_fine = (1..=self.max_queues).contains(&queues)
+            && size.is_power_of_two()
+            && size <= MAX_QUEUE_SIZE;
+        if is_fine { Ok(()) } else { Err(RecoveryError::Shape(shape)) }
+    }
+
+    /// How many clusters have a bit in a region.
+    fn clusters(&self) -> u64 {
+        match self.session() {
+            Session::Impossible => 0,
+            _ => self.image.state.clusters(),
+        }
+    }
+
+    /// The layout of a region.
+    fn layout(&self, shape: QueueShape) -> Result<Layout, RecoveryError> {
+        let no_memory = || RecoveryError::Memory(io::ErrorKind::OutOfMemory.into());
+        Layout::new(shape, self.clusters()).ok_or_else(no_memory)
+    }
+
+    /// A region in that memory.
+    fn region(&self, memory: SharedMemory, layout: Layout) -> Region {
+        let memory = Arc::new(memory);
+        let clusters = self.clusters();
+        let journal = (clusters > 0)
+            .then(|| Arc::new(BitJournal::new(Arc::clone(&memory), layout.bits, clusters)));
+        Region { memory, layout, journal }
+    }
+
+    /// The header of a region for this disk.
+    fn header(&self, shape: QueueShape, session: Session) -> [u64; HEADER_WORDS] {
+        let files = [self.image.side.as_ref(), Some(&self.image.raw)].map(|file| {
+            file.map_or([0, 0], |file| [file.identity().device, file.identity().inode])
+        });
+        let state = &self.image.state;
+        let mut header = [
+            MAGIC,
+            self.boot[0],
+            self.boot[1],
+            files[0][0],
+            files[0][1],
+            files[1][0],
+            files[1][1],
+            match session {
+                Session::Number(number) => number,
+                Session::Impossible | Session::Never => 0,
+            },
+            state.virtual_size(),
+            state.cluster_size().bytes(),
+            self.clusters(),
+            u64::from(shape.queues) << 16 | u64::from(shape.size),
+            0,
+        ];
+        header[HEADER_WORDS - 1] = checksum(&header);
+        header
+    }
+}
+
+/// Says what is wrong with a header, if it is not the one that is wanted.
+fn check_header(
+    found: &[u64; HEADER_WORDS],
+    wanted: &[u64; HEADER_WORDS],
+) -> Result<(), RecoveryError> {
+    let refused = |what| Err(RecoveryError::Refused(what));
+    let differs = |range: std::ops::Range<usize>| found[range.clone()] != wanted[range];
+    if differs(0..1) {
+        refused("it is not one of this version of addcowd")
+    } else if found[HEADER_WORDS - 1] != checksum(found) {
+        refused("its checksum is wrong")
+    } else if differs(1..3) {
+        refused("it is of another boot of a host")
+    } else if differs(3..7) {
+        refused("it is for other files")
+    } else if differs(7..8) {
+        refused("the disk was changed without it")
+    } else if differs(8..11) {
+        refused("the disk has another shape now")
+    } else if differs(11..12) {
+        refused("it is for other queues")
+    } else {
+        Ok(())
+    }
+}
+
+/// The checksum of a header: FNV-1a over its words but the last. Against accidents, not attacks.
+fn checksum(header: &[u64; HEADER_WORDS]) -> u64 {
+    let words = header.iter().take(HEADER_WORDS - 1);
+    words.flat_map(|word| word.to_le_bytes()).fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// The identity of this boot of the host, as two numbers.
+fn boot_id() -> io::Result<[u64; 2]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let parse = |digits: Option<&str>| {
+        digits.and_then(|digits| u64::from_str_radix(digits, 16).ok()).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "/proc/sys/kernel/random/boot_id is no UUID")
+        })
+    };
+    Ok([parse(digits.get(..16))?, parse(digits.get(16..32))?])
+}

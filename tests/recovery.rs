@@ -1,0 +1,319 @@
+//! `kill -9` under load: no completed write is lost, every request in flight completes exactly once.
+//!
+//! The front end here keeps the inflight region, as QEMU does, and gives it to the next daemon. The
+//! moment of a kill is random; `ADDCOW_SEED` replays the requests, not the moment. A request that
+//! comes back twice, or not at all, fails in `common::ring`.
+//!
+//! Also: which recovery states are refused. Not here: the records themselves (`virtio::inflight`).
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::process::Command;
+use std::time::Duration;
+
+use common::disk::{Daemon, Disk, Shape, TOOL, run_to_end};
+use common::guest::{Guest, Setup};
+use common::model::{Model, Workload};
+use common::request::{Framing, OK, Request};
+use common::rng::Rng;
+use common::{KIB, MIB, SECTOR, assert_bytes, pattern};
+
+/// How many times the daemons of a test are killed.
+const KILLS: u64 = 60;
+
+/// A guest on `disk` that survives its daemons.
+fn recoverable(disk: &Disk, options: &[&str], setup: Setup) -> (Daemon, Guest) {
+    let mut daemon = disk.serve(options);
+    let guest = Guest::start_recoverable(daemon.connect(), setup);
+    (daemon, guest)
+}
+
+/// The seed of a test's requests.
+fn seed(default: u64) -> u64 {
+    let seed = std::env::var("ADDCOW_SEED").ok().and_then(|text| text.parse().ok());
+    let seed = seed.unwrap_or(default);
+    println!("ADDCOW_SEED={seed}");
+    seed
+}
+
+/// Kills and replaces the daemon in the middle of batches of requests; all data stays right.
+fn survives_kills(shape: Shape, options: &[&str], default_seed: u64) {
+    let disk = Disk::create(shape);
+    let (mut daemon, mut guest) = recoverable(&disk, options, Setup::queues(2, 128));
+    let mut model = Model::new(disk.initial());
+    let seed = seed(default_seed);
+    let mut workload = Workload::new(seed);
+    workload.batch = 40;
+    let mut rng = Rng::new(seed ^ 0x6b11);
+    let (mut requests, mut clusters) = (0, 0);
+    for kill in 0..KILLS {
+        workload.run(&mut guest, &mut model, 2);
+        let pause = Duration::from_micros(rng.pick(0..1500) >> rng.pick(0..6));
+        workload.run_batch(&mut guest, &mut model, |guest| {
+            std::thread::sleep(pause);
+            daemon.kill();
+            daemon = disk.serve(options);
+            guest.reconnect(daemon.connect()).expect("the recovery state is accepted");
+        });
+        let said = daemon.messages();
+        requests += number_before(&said, " requests were in flight");
+        clusters += number_before(&said, " clusters were new");
+        if kill % 10 == 9 {
+            Workload::verify(&mut guest, &mut model);
+        }
+    }
+    Workload::verify(&mut guest, &mut model);
+    drop(guest);
+    daemon.stop();
+    // Not only in somebody's memory.
+    model.check(0, &disk.flat_view(), "the files");
+    let check = Command::new(TOOL).arg("check").arg(disk.path("disk.add-cow")).output();
+    assert!(check.expect("run the tool").status.success());
+    println!("{KILLS} kills: {requests} requests and {clusters} new clusters were taken over");
+    // Or nothing of this was put to the test.
+    assert!(requests + clusters > 0, "the daemons were never killed at work");
+}
+
+/// The sum of the numbers in front of these words.
+fn number_before(said: &str, words: &str) -> u64 {
+    let numbers = said.split(words).map(|text| text.rsplit(' ').next().unwrap_or_default());
+    numbers.filter_map(|number| number.parse::<u64>().ok()).sum()
+}
+
+#[test]
+fn kills_with_4k_clusters_on_a_disk() {
+    survives_kills(Shape::new(6 * MIB + 3 * 512, 4 * KIB), &["--num-queues", "2"], 2001);
+}
+
+#[test]
+fn kills_with_64k_clusters_and_a_short_base_on_tmpfs() {
+    let shape = Shape::new(6 * MIB + 512, 64 * KIB).base(3 * MIB + 512).in_memory();
+    survives_kills(shape, &["--num-queues", "2"], 2002);
+}
+
+#[test]
+fn kills_with_large_clusters_through_the_page_cache() {
+    let shape = Shape::new(12 * MIB, 2 * MIB).base(9 * MIB);
+    survives_kills(shape, &["--num-queues", "2", "--cache", "buffered"], 2003);
+}
+
+#[test]
+fn kills_in_write_through_mode() {
+    let shape = Shape::new(4 * MIB, 16 * KIB).in_memory();
+    survives_kills(shape, &["--num-queues", "2", "--cache", "writethrough"], 2004);
+}
+
+/// Writes one sector with a pattern of `seed`, without a flush.
+fn write(guest: &mut Guest, seed: u64, sector: u64) {
+    let request = Request::write(sector, &pattern(seed, sector, SECTOR));
+    assert_eq!(guest.status(&request), OK);
+}
+
+#[test]
+fn completed_writes_survive_several_deaths_in_a_row_without_a_flush() {
+    let disk = Disk::create(Shape::new(4 * MIB, 64 * KIB).in_memory());
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    for death in 0..10 {
+        write(&mut guest, 7, 128 * death + 5);
+        daemon.kill();
+        daemon = disk.serve(&[]);
+        guest.reconnect(daemon.connect()).expect("accepted");
+        for earlier in 0..=death {
+            let sector = 128 * earlier + 5;
+            assert_bytes(&guest.read(sector, SECTOR), &pattern(7, sector, SECTOR), "a write");
+        }
+    }
+}
+
+#[test]
+fn requests_of_a_daemon_that_stands_still_are_done_once_by_the_next() {
+    let disk = Disk::create(Shape::new(4 * MIB, 4 * KIB));
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::queues(1, 256));
+    // Stopped, it takes nothing: the next daemon finds all of it, behind the used index.
+    daemon.signal(rustix::process::Signal::STOP);
+    for at in 0..80 {
+        let sector = 8 * at;
+        let request = Request::write(sector, &pattern(3, sector, SECTOR));
+        guest.submit(0, &request, &Framing::joined());
+    }
+    guest.rings[0].kick_always();
+    daemon.kill();
+    daemon = disk.serve(&[]);
+    guest.reconnect(daemon.connect()).expect("accepted");
+    for _ in 0..80 {
+        assert_eq!(guest.finish(0).1.status(), OK);
+    }
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(guest.rings[0].pop(), None, "one too many");
+    for at in 0..80 {
+        assert_bytes(&guest.read(8 * at, SECTOR), &pattern(3, 8 * at, SECTOR), "a write");
+    }
+    drop(daemon);
+}
+
+#[test]
+fn an_ended_daemon_leaves_nothing_to_recover() {
+    let disk = Disk::small();
+    let (daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    write(&mut guest, 1, 5);
+    daemon.stop();
+    let mut daemon = disk.serve(&[]);
+    guest.reconnect(daemon.connect()).expect("accepted");
+    assert_bytes(&guest.read(5, SECTOR), &pattern(1, 5, SECTOR), "a write");
+    let said = daemon.messages();
+    assert!(!said.contains("taken over") && !said.contains("once more"), "{said}");
+}
+
+#[test]
+fn a_front_end_that_reconnects_to_the_same_daemon_gives_its_region_back() {
+    let disk = Disk::small();
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    for round in 0..5 {
+        write(&mut guest, round, 5 + round);
+        let stream = daemon.connect();
+        // The old connection ends when its socket is replaced.
+        guest.reconnect(stream).expect("accepted");
+        assert_bytes(&guest.read(5 + round, SECTOR), &pattern(round, 5 + round, SECTOR), "a write");
+    }
+}
+
+/// Kills the daemon of a guest with an unflushed write, lets `change` happen, and fails unless the
+/// next daemon refuses what the guest has kept, saying `reason`.
+fn is_refused(reason: &str, change: impl FnOnce(&Disk, &mut Guest)) {
+    // 63 clusters: the last bit of their word belongs to none.
+    let disk = Disk::create(Shape::new(63 * 64 * KIB, 64 * KIB));
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    write(&mut guest, 1, 5);
+    daemon.kill();
+    change(&disk, &mut guest);
+    let mut daemon = disk.serve(&[]);
+    guest.reconnect(daemon.connect()).expect_err("a recovery state that is not to be used");
+    let said = daemon.messages();
+    assert!(said.contains(reason), "{said}");
+    // Its bits were not believed.
+    let mut other = daemon.guest(Setup::default());
+    assert_bytes(&other.read(5, SECTOR), &disk.initial()[5 * SECTOR..][..SECTOR], "the base");
+}
+
+/// Runs the tool in the disk's folder.
+fn tool(disk: &Disk, line: &str) {
+    let mut command = Command::new(TOOL);
+    command.args(line.split(' ')).current_dir(disk.path("."));
+    let output = run_to_end(command);
+    assert!(output.status.success(), "{line}: {output:?}");
+}
+
+#[test]
+fn a_region_is_refused_once_a_verb_has_changed_the_disk() {
+    let changed = "the disk was changed without it";
+    is_refused(changed, |disk, _| tool(disk, "reset disk.add-cow"));
+    is_refused(changed, |disk, _| tool(disk, "rebase -u -b base.img -F raw disk.add-cow"));
+    is_refused(changed, |disk, _| tool(disk, "commit disk.add-cow"));
+    let verbs = ["resize disk.add-cow +64k", "resize --shrink disk.add-cow -64k"];
+    is_refused(changed, |disk, _| verbs.iter().for_each(|line| tool(disk, line)));
+}
+
+#[test]
+fn a_region_is_refused_once_another_guest_has_used_the_disk() {
+    is_refused("the disk was changed without it", |disk, _| {
+        let mut daemon = disk.serve(&[]);
+        drop(daemon.guest(Setup::default()));
+        daemon.stop();
+    });
+    is_refused("the disk was changed without it", |disk, _| {
+        let mut daemon = disk.serve(&[]);
+        drop(Guest::start_recoverable(daemon.connect(), Setup::default()));
+        daemon.stop();
+    });
+}
+
+#[test]
+fn a_region_for_other_files_is_refused() {
+    is_refused("it is for other files", |disk, _| {
+        for name in ["disk.raw", "disk.add-cow"] {
+            std::fs::copy(disk.path(name), disk.path("copy")).expect("a copy");
+            std::fs::rename(disk.path("copy"), disk.path(name)).expect("in its place");
+        }
+    });
+}
+
+/// Changes a word of the region.
+fn poke(guest: &mut Guest, word: u64, value: u64) {
+    let (_, file) = guest.inflight();
+    file.write_all_at(&value.to_le_bytes(), 8 * word).expect("write to the region");
+}
+
+#[test]
+fn a_damaged_region_is_refused() {
+    is_refused("it is not one of this version", |_, guest| poke(guest, 0, 1));
+    is_refused("checksum", |_, guest| poke(guest, 7, 1));
+    is_refused("a bit past the last cluster", |_, guest| {
+        // The bits are the last word of the region.
+        let (region, _) = guest.inflight();
+        let last = region.mmap_size / 8 - 1;
+        poke(guest, last, u64::MAX);
+    });
+}
+
+#[test]
+fn a_region_that_is_no_region_is_refused() {
+    is_refused("its length", |_, guest| {
+        let (_, file) = guest.inflight();
+        *file = sealed(4096);
+    });
+    is_refused("it is not sealed", |_, guest| {
+        let flags = rustix::fs::MemfdFlags::ALLOW_SEALING;
+        let (region, file) = guest.inflight();
+        *file = File::from(rustix::fs::memfd_create("test", flags).expect("a memory file"));
+        file.set_len(region.mmap_size).expect("its size");
+    });
+    is_refused("it cannot be sealed", |disk, guest| {
+        let (_, file) = guest.inflight();
+        *file = File::open(disk.path("base.img")).expect("a file");
+    });
+    is_refused("it is not one of this version", |_, guest| {
+        let (region, file) = guest.inflight();
+        *file = sealed(region.mmap_size);
+    });
+    is_refused("malformed", |_, guest| guest.inflight().0.mmap_offset = 4096);
+    is_refused("queues of", |_, guest| guest.inflight().0.num_queues = 200);
+    is_refused("its length", |_, guest| guest.inflight().0.num_queues = 2);
+    is_refused("queues of", |_, guest| guest.inflight().0.queue_size = 100);
+    is_refused("its length", |_, guest| guest.inflight().0.queue_size = 64);
+}
+
+/// Memory of `len` zero bytes, sealed as the device's is.
+fn sealed(len: u64) -> File {
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+    let file = memfd_create("test", MemfdFlags::ALLOW_SEALING).expect("a memory file");
+    let file = File::from(file);
+    file.set_len(len).expect("its size");
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).expect("seals");
+    file
+}
+
+#[test]
+fn whatever_the_records_say_the_device_serves_on() {
+    let disk = Disk::small();
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    let mut rng = Rng::new(seed(2005));
+    for _ in 0..20 {
+        write(&mut guest, 1, 5);
+        daemon.kill();
+        for word in 512..512 + 129 {
+            poke(&mut guest, word, rng.next() >> rng.pick(0..64));
+        }
+        daemon = disk.serve(&[]);
+        // Chains that nobody made available are carried out: whatever lies in their descriptors.
+        if guest.reconnect(daemon.connect()).is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(daemon.is_alive());
+        // A new guest finds a daemon in order.
+        drop(guest);
+        guest = Guest::start_recoverable(daemon.connect(), Setup::default());
+        assert_bytes(&guest.read(5, SECTOR), &pattern(1, 5, SECTOR), "a write");
+    }
+}
