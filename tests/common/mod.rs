@@ -21,6 +21,7 @@ pub mod model;
 pub mod request;
 pub mod ring;
 pub mod rng;
+pub mod score;
 
 /// How long anything may take before the test fails: far above what a busy machine needs.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
