@@ -42,6 +42,8 @@ pub enum Fault {
     Error(i32),
     /// A transfer moves at most this many bytes; a sync or a zeroing is not affected.
     Short(usize),
+    /// A transfer leaves out its last byte, if it has another one; nothing else is affected.
+    ShortByOne,
 }
 
 /// One operation, as the log keeps it.
@@ -231,6 +233,8 @@ pub enum OperationKind {
     SetLen,
     /// Syncs.
     Sync,
+    /// Looks for data among holes; only if [`SimDisk::count_looks`] says so.
+    Look,
 }
 
 /// Sees a change before it lands: the file's number, what, and the bytes of a write.
@@ -253,6 +257,10 @@ struct State {
     fault_is_lasting: bool,
     /// Every operation of this kind on this file goes wrong too, and how.
     aimed_fault: Option<(usize, OperationKind, Fault)>,
+    /// What a fault has met, in order.
+    faulted: Vec<(usize, OperationKind)>,
+    /// Whether looks for data are operations.
+    counts_looks: bool,
     /// The operation that is never carried out, like all after it: the power goes there.
     stop: Option<u64>,
     /// Whether an operation has met `stop`.
@@ -298,6 +306,8 @@ impl SimDisk {
             fault: None,
             fault_is_lasting: false,
             aimed_fault: None,
+            faulted: Vec::new(),
+            counts_looks: false,
             stop: None,
             is_stopped: false,
             log: Vec::new(),
@@ -392,6 +402,18 @@ impl SimDisk {
         state.fault_is_lasting = lasting;
     }
 
+    /// What a fault has met so far: the file's number in order of creation, and what.
+    #[must_use]
+    pub fn faulted(&self) -> Vec<(usize, OperationKind)> {
+        self.state.borrow().faulted.clone()
+    }
+
+    /// Lets looks for data count as operations from now on, so that they can go wrong too. They
+    /// change nothing, so whoever only cuts the power need not care.
+    pub fn count_looks(&self) {
+        self.state.borrow_mut().counts_looks = true;
+    }
+
     /// No faults any more.
     pub fn clear_fault(&self) {
         let mut state = self.state.borrow_mut();
@@ -417,7 +439,9 @@ impl SimDisk {
         let index = state.started;
         state.is_stopped |= state.stop.is_some_and(|stop| index >= stop);
         state.started += u64::from(!state.is_stopped);
-        (!state.is_stopped).then(|| (index, state.fault_of(index, file, kind)))
+        let fault = state.fault_of(index, file, kind).filter(|_| !state.is_stopped);
+        state.faulted.extend(fault.map(|_| (file, kind)));
+        (!state.is_stopped).then_some((index, fault))
     }
 
     /// The same. Never ready once the power is gone.
@@ -505,6 +529,7 @@ impl SimStorage {
                 Err(io::Error::from_raw_os_error(code))
             }
             (now, Some(Fault::Short(most))) => Ok((now, len.min(most))),
+            (now, Some(Fault::ShortByOne)) => Ok((now, len.saturating_sub(1).max(len.min(1)))),
             (now, None) => Ok((now, len)),
         }
     }
@@ -591,6 +616,11 @@ impl Storage for SimStorage {
     /// Every sector of zeros is a hole, so that nobody gets away with taking holes for something
     /// that only the file system makes.
     fn next_data(&self, offset: u64) -> io::Result<Option<ByteRange>> {
+        let counts = self.disk.state.borrow().counts_looks;
+        let started = counts.then(|| self.disk.count(self.file, OperationKind::Look)).flatten();
+        if let Some((_, Some(Fault::Error(code)))) = started {
+            return Err(io::Error::from_raw_os_error(code));
+        }
         let state = self.disk.state.borrow();
         let file = &state.files[self.file];
         let end = file.len.div_ceil(SECTOR_SIZE);
