@@ -257,7 +257,8 @@ async fn last_byte<S: Storage>(
         return Ok(None);
     }
     let buffer = IoBuffer::zeroed(1);
-    transfer::read_or_zero(side, offset, buffer.clone()).await?;
+    // Not zeros for a byte that could not be had: bits would be missed.
+    transfer::read_exact(side, offset, buffer.clone()).await?;
     let mut byte = [0];
     buffer.copy_to(0, &mut byte);
     Ok(Some((offset, byte[0], (1 << in_last) - 1)))

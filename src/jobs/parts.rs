@@ -146,10 +146,14 @@ pub(super) const NOWHERE: ByteRange = ByteRange::EMPTY;
 
 /// Reads `range` of the add-cow file; what lies past its end is zeros.
 async fn read<S: Storage>(side: &S, range: ByteRange) -> Result<Vec<u8>, JobError> {
-    let error = ImageError::io("read", FileRole::Side, range);
+    let error = || ImageError::io("read", FileRole::Side, range);
     // A chunk of the bitmap or a header area: 2 MiB at most.
     let buffer = IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX));
-    transfer::read_or_zero(side, range.start(), buffer.clone()).await.map_err(error)?;
+    let inside = range.intersect(ByteRange::between(0, side.file_len().map_err(error())?));
+    // Up to its end the file must be there: zeros instead of what could not be had would be written
+    // back.
+    let len = usize::try_from(inside.len()).unwrap_or(usize::MAX);
+    transfer::read_exact(side, range.start(), buffer.slice(0, len)).await.map_err(error())?;
     Ok(buffer.to_vec())
 }
 
