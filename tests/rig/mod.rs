@@ -10,6 +10,7 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of the rig")]
 
+pub mod points;
 pub mod stack;
 
 use std::cell::RefCell;
@@ -430,9 +431,14 @@ impl Oracle {
 
     /// Fails unless the disk may show `tags` after a power cut now.
     pub fn check_after_cut(&self, tags: &[u64], what: &dyn std::fmt::Debug) {
+        self.check_after_cut_since(tags, self.flushed, what);
+    }
+
+    /// The same after a power cut at a time when of all flushes that had succeeded the last one to
+    /// begin did so at `flushed`.
+    pub fn check_after_cut_since(&self, tags: &[u64], flushed: u64, what: &dyn std::fmt::Debug) {
         for (sector, tag) in (0..).zip(tags) {
             let history = &self.sectors[usize::try_from(sector).expect("small")];
-            let flushed = self.flushed;
             assert!(
                 self.allows(sector, *tag, flushed),
                 "sector {sector} shows {tag:#x} after a power cut; last flush began at {flushed}; \

@@ -239,7 +239,7 @@ impl Stack {
     }
 
     /// The chain below an overlay.
-    async fn below(&self, overlay: usize) -> Option<Chain<SimStorage>> {
+    pub async fn below(&self, overlay: usize) -> Option<Chain<SimStorage>> {
         let mut layers = Vec::new();
         for index in overlay + 1..self.shape.overlays.len() {
             layers.push(self.layer(index).await);
