@@ -11,7 +11,8 @@ use std::sync::Arc;
 use super::allocation::AllocationMap;
 use super::chain::{ChainOptions, OpenChain};
 use super::open::{
-    check_distinct, check_raw, file_len, folder_of, load_error, lock_for, open_unlocked, sectors_of,
+    check_distinct, check_raw, file_len, folder_of, io_error, load_error, lock_for, open_unlocked,
+    sectors_of,
 };
 use super::{FileRole, OpenError, load};
 use crate::executor::block_on;
@@ -86,6 +87,10 @@ impl DiskFiles {
         check(FileRole::Side, &side)?;
         // Before anything is read from it.
         lock_for(FileRole::Side, &side, access.side, access.locking)?;
+        if access.side == Access::ReadWrite {
+            // Its bits are believed from now on (I1), also those that a sync has failed on before.
+            side.settle().map_err(io_error("sync", FileRole::Side, path))?;
+        }
         let storage = FileStorage::new(Arc::clone(&side));
         let header = block_on(load::header(&storage)).map_err(|e| load_error(path, e))?;
         let folder = folder_of(path);

@@ -11,8 +11,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
-use rustix::fs::{fcntl_getfl, fcntl_setfl, fstat, fstatfs, fsync, open, seek, statx};
+use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
+use rustix::fs::{
+    fadvise, fcntl_getfl, fcntl_setfl, fdatasync, fstat, fstatfs, fsync, open, seek, statx,
+};
 
 use super::Alignment;
 use super::lock::{self, LockError, Usage};
@@ -152,6 +154,18 @@ impl HostFile {
     #[must_use]
     pub fn is_in_memory(&self) -> bool {
         self.in_memory
+    }
+
+    /// Makes what was written to it durable, and forgets what of it is in memory.
+    ///
+    /// After a sync that failed the kernel takes what it could not write for written. Who opens the
+    /// file later would read it, find nothing to sync, and promise what no medium has.
+    ///
+    /// # Errors
+    /// What the host said: nobody knows what is durable.
+    pub fn settle(&self) -> io::Result<()> {
+        fdatasync(&self.file)?;
+        Ok(fadvise(&self.file, 0, None, Advice::DontNeed)?)
     }
 
     /// Whether it is a block device, whose length is not for us to change.

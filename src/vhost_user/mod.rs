@@ -19,7 +19,8 @@
 //! * [`export`]: one listener for ever, a new connection state each time.
 //!
 //! Messages answered: all of the framework's with these protocol features: MQ, CONFIG, REPLY_ACK,
-//! CONFIGURE_MEM_SLOTS, RESET_DEVICE, BACKEND_REQ; and by ourselves INFLIGHT_SHMFD. Not yet: LOG_SHMFD.
+//! CONFIGURE_MEM_SLOTS, RESET_DEVICE, BACKEND_REQ; and by ourselves INFLIGHT_SHMFD. Not yet:
+//! LOG_SHMFD.
 
 pub mod backend;
 pub mod exit_event;

@@ -177,6 +177,20 @@ impl Disk {
         Daemon::spawn(self.dir.path(), &args, None)
     }
 
+    /// Starts a daemon in place of one that was killed, as a supervisor does: again, while what the
+    /// old one had open is still in use. That may take as long as its last I/O.
+    pub fn serve_after_kill(&self, options: &[&str]) -> (Daemon, UnixStream) {
+        let end = Instant::now() + TIMEOUT;
+        loop {
+            let mut daemon = self.serve(options);
+            match daemon.try_connect() {
+                Ok(stream) => return (daemon, stream),
+                Err(said) if said.contains("in use") && Instant::now() < end => {}
+                Err(said) => panic!("the daemon does not come back: {said}"),
+            }
+        }
+    }
+
     /// Starts a daemon on the raw image alone.
     pub fn serve_raw(&self, options: &[&str]) -> Daemon {
         let mut args = vec!["--format", "raw", "--blk-file", "disk.raw", "--socket-path", "sock"];
@@ -255,14 +269,19 @@ impl Daemon {
 
     /// A connection to its socket, as soon as it listens.
     pub fn connect(&mut self) -> UnixStream {
+        self.try_connect().unwrap_or_else(|said| panic!("the daemon has ended: {said}"))
+    }
+
+    /// The same, or what it said if it has ended.
+    pub fn try_connect(&mut self) -> Result<UnixStream, String> {
         let end = Instant::now() + TIMEOUT;
         loop {
             let error = match UnixStream::connect(&self.socket) {
-                Ok(stream) => return stream,
+                Ok(stream) => return Ok(stream),
                 Err(error) => error,
             };
             if let Some(status) = self.child.try_wait().expect("wait for the daemon") {
-                panic!("the daemon ended with {status}: {}", self.messages());
+                return Err(format!("{status}: {}", self.messages()));
             }
             assert!(Instant::now() < end, "cannot connect within {TIMEOUT:?}: {error}");
             std::thread::sleep(Duration::from_millis(2));
