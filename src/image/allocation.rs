@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use zerocopy::FromZeros;
 
 use crate::format::{BitmapGeometry, decode_words, encode_words};
+use crate::seeded::{self, Bug};
 
 /// Bits in a word.
 const WORD_BITS: u64 = 64;
@@ -166,6 +167,16 @@ impl AllocationMap {
         }
     }
 
+    /// Clears bits, which nobody does on purpose.
+    #[cfg(feature = "seeded-bugs")]
+    pub(super) fn clear(&self, range: Range<u64>) {
+        let Some(bits) = &self.bits else { return };
+        for (word, mask) in masks(range) {
+            bits.mark_dirty(word as u64 / PAGE_WORDS);
+            bits.allocated[word].fetch_and(!mask, Ordering::SeqCst);
+        }
+    }
+
     /// The bits of clusters `64 * index` to `64 * index + 63`, least significant first; all ones
     /// when every cluster is allocated for good, those past the end of the disk too.
     #[must_use]
@@ -266,12 +277,20 @@ impl<'a> FrozenBits<'a> {
 
     /// The side file has these bits, durably.
     pub fn persisted(mut self) {
+        if seeded::bug(Bug::DirtySetSwappedLate)
+            && let Some(bits) = self.bits
+        {
+            bits.dirty_pages.iter().for_each(|word| word.store(0, Ordering::SeqCst));
+        }
         self.pages.clear();
     }
 }
 
 impl Drop for FrozenBits<'_> {
     fn drop(&mut self) {
+        if seeded::bug(Bug::UnwrittenBitsForgotten) {
+            return;
+        }
         for (page, _) in &self.pages {
             self.bits.iter().for_each(|bits| bits.mark_dirty(*page));
         }

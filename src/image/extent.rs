@@ -3,6 +3,7 @@
 //! Metadata only; payload moves in `read`, `write` and `zero`.
 
 use super::ImageState;
+use crate::seeded::{self, Bug};
 use crate::units::ByteRange;
 
 /// Where a piece of the disk is.
@@ -48,7 +49,9 @@ impl ImageState {
             return Extent { kind: ExtentKind::Data, range: run };
         }
         let backed = run.intersect(ByteRange::between(0, self.backing_len));
-        if backed.is_empty() {
+        if backed.is_empty() && seeded::bug(Bug::UnbackedIsReadFromRaw) {
+            Extent { kind: ExtentKind::Data, range: run }
+        } else if backed.is_empty() {
             Extent { kind: ExtentKind::Zero, range: run }
         } else {
             Extent { kind: ExtentKind::Backing, range: backed }

@@ -14,6 +14,7 @@ use std::task::{Poll, Waker};
 
 use super::allocation::FrozenBits;
 use super::{FileRole, Image, ImageError};
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::ByteRange;
 
@@ -64,7 +65,8 @@ impl FlushBarrier {
         let mut mine = None;
         std::future::poll_fn(|context| {
             let mut passes = self.passes.lock().expect("no panic while held");
-            let first_that_counts = *mine.get_or_insert(passes.begun + 1);
+            let joins = passes.running && seeded::bug(Bug::JoinsRunningPass);
+            let first_that_counts = *mine.get_or_insert(passes.begun + u64::from(!joins));
             if let Some((pass, result)) = passes.finished
                 && pass >= first_that_counts
             {
@@ -146,11 +148,24 @@ impl<S: Storage> Image<S> {
     async fn pass(&self) -> Result<(), ImageError> {
         let state = self.state();
         let frozen = state.allocation().freeze();
+        if seeded::bug(Bug::CleanFlushDoesNothing) && frozen.pages().is_empty() {
+            return Ok(());
+        }
+        #[cfg(feature = "seeded-bugs")]
+        if let (Some(side), true) = (&self.side, seeded::bug(Bug::BitsBeforeRawSync)) {
+            self.write_pages(side, &frozen).await?;
+        }
         // Only now: the sync must cover the data of every frozen bit (I1).
-        self.sync(&self.raw, FileRole::Raw).await?;
+        if !seeded::bug(Bug::RawNotSynced) {
+            self.sync(&self.raw, FileRole::Raw).await?;
+        }
+        let frozen = Some(frozen).filter(|_| !seeded::bug(Bug::BitsOfLateWrites));
+        let frozen = frozen.unwrap_or_else(|| state.allocation().freeze());
         let (Some(side), false) = (&self.side, frozen.pages().is_empty()) else { return Ok(()) };
         self.write_pages(side, &frozen).await?;
-        self.sync(side, FileRole::Side).await?;
+        if !seeded::bug(Bug::SideNotSynced) {
+            self.sync(side, FileRole::Side).await?;
+        }
         frozen.persisted();
         Ok(())
     }
@@ -158,7 +173,8 @@ impl<S: Storage> Image<S> {
     /// Syncs one file; a failure is final (I6).
     async fn sync(&self, storage: &S, role: FileRole) -> Result<(), ImageError> {
         storage.sync().await.map_err(|error| {
-            self.state.barrier.failed.store(true, Ordering::Release);
+            let is_final = !seeded::bug(Bug::FailedSyncRetried);
+            self.state.barrier.failed.store(is_final, Ordering::Release);
             log::error!("cannot sync {role}: {error}; writes and flushes are refused from now on");
             ImageError::io("sync", role, ByteRange::between(0, 0))(error)
         })

@@ -11,6 +11,7 @@ use std::ops::Range;
 use super::chain::Chain;
 use super::write::MAX_LOCKED;
 use super::{FileRole, Image, ImageError};
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, sparse};
 use crate::units::ByteRange;
 
@@ -74,7 +75,8 @@ impl<S: Storage> Image<S> {
         let mut read = 0;
         while first < clusters.end {
             let (allocated, end) = self.state.allocation.run(first..clusters.end);
-            if !allocated {
+            if !allocated || seeded::bug(Bug::PopulateOverwrites) {
+                seeded::when(Bug::PopulateMarksFirst, || self.mark_written(first..end));
                 let range = self.state.bytes_of(&(first..end));
                 match (below, &self.backing) {
                     (Below::Unknown, Some(chain)) => {
@@ -82,6 +84,8 @@ impl<S: Storage> Image<S> {
                         read += range.len();
                     }
                     (Below::Zeros, _) | (Below::Unknown, None) => {
+                        let trusts = seeded::bug(Bug::PopulateTrustsHoles);
+                        let range = if trusts { ByteRange::EMPTY } else { range };
                         let cleared = sparse::clear(&self.raw, range).await;
                         cleared.map_err(ImageError::io("zero", FileRole::Raw, range))?;
                     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::cluster_lock::ClusterLocks;
 use super::{FileRole, Image, ImageError};
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::ByteRange;
 
@@ -35,6 +36,7 @@ impl<S: Storage> Image<S> {
         if clusters.end - clusters.start <= MAX_LOCKED && self.state.bytes_of(&clusters) == range {
             // Whole clusters, the common first write: nothing is copied, nothing allocated.
             let _guard = self.state.locks.lock(clusters.clone()).await;
+            seeded::when(Bug::BitBeforeData, || self.mark_written(clusters.clone()));
             self.write_raw(range, data).await?;
             self.mark_written(clusters);
             return Ok(());
@@ -64,12 +66,15 @@ impl<S: Storage> Image<S> {
         let covered = self.state.bytes_of(&clusters);
         let head = ByteRange::between(covered.start(), range.start());
         let tail = ByteRange::between(range.end(), covered.end());
+        let head = if seeded::bug(Bug::HeadNotCopied) { ByteRange::EMPTY } else { head };
+        let tail = if seeded::bug(Bug::TailNotCopied) { ByteRange::EMPTY } else { tail };
         let head = self.fill(clusters.start, head).await?;
         let tail = self.fill(clusters.end - 1, tail).await?;
         let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
         let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
         let whole = IoBuffer::concat(&parts);
         let written = ByteRange::between(start, start + whole.len() as u64);
+        seeded::when(Bug::BitBeforeData, || self.mark_written(clusters.clone()));
         self.write_raw(written, whole).await?;
         self.mark_written(clusters);
         Ok(())

@@ -4,6 +4,7 @@
 use super::extent::ExtentKind;
 use super::write::MAX_LOCKED;
 use super::{FileRole, Image, ImageError};
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, ZeroMode, transfer};
 use crate::units::ByteRange;
 
@@ -66,6 +67,8 @@ impl<S: Storage> Image<S> {
                 self.zero_raw(bytes, mode).await?;
             } else if bytes.start() < self.state.backing_len {
                 let _guard = self.state.locks.lock(run.clone()).await;
+                let bytes =
+                    if seeded::bug(Bug::ZeroTrustsHoles) { ByteRange::EMPTY } else { bytes };
                 self.zero_raw(bytes, mode).await?;
                 self.mark_written(run);
             }
@@ -96,6 +99,8 @@ impl<S: Storage> Image<S> {
         self.state.check_writable()?;
         let range = self.state.check_range(offset, len)?;
         let clusters = self.state.cluster_size.covered(range, self.state.virtual_size);
+        #[cfg(feature = "seeded-bugs")]
+        seeded::when(Bug::DiscardClearsBits, || self.state.allocation.clear(clusters.clone()));
         for extent in self.state.extents(self.state.bytes_of(&clusters)) {
             if extent.kind == ExtentKind::Data {
                 transfer::discard(&self.raw, extent.range).await.map_err(ImageError::io(

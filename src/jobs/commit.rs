@@ -28,6 +28,7 @@ use crate::jobs::progress::Progress;
 use crate::jobs::reset::reset;
 use crate::jobs::resize::resize;
 use crate::jobs::{JobError, copy};
+use crate::seeded::{self, Bug};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode};
 use crate::storage::lock::Locking;
@@ -239,7 +240,9 @@ pub async fn commit<S: Storage>(
         },
     )
     .await?;
-    base.sync().await?;
+    if !seeded::bug(Bug::BaseNotSynced) {
+        base.sync().await?;
+    }
     Ok(progress.update(total, total)?)
 }
 

@@ -9,6 +9,7 @@ use crate::format::{BitmapGeometry, FormatError, Header, HeaderChange};
 use crate::image::load::{self, LoadError};
 use crate::image::{FileRole, ImageError};
 use crate::jobs::JobError;
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::ByteRange;
 
@@ -128,10 +129,14 @@ impl<'a, S: Storage> DiskParts<'a, S> {
         let Some(fixed) = change.fixed else { return Ok(()) };
         if let Some((offset, name)) = change.name {
             write(self.side, offset, &name).await?;
-            self.sync_side().await?;
+            if !seeded::bug(Bug::NameNotSynced) {
+                self.sync_side().await?;
+            }
         }
         write(self.side, 0, &fixed).await?;
-        self.sync_side().await?;
+        if !seeded::bug(Bug::OldNameRemovedEarly) {
+            self.sync_side().await?;
+        }
         if let Some(unused) = change.unused {
             let len = usize::try_from(unused.len()).unwrap_or_default();
             write(self.side, unused.start(), &vec![0; len]).await?;

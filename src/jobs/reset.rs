@@ -10,6 +10,7 @@ use crate::format::HeaderChange;
 use crate::image::{FileRole, ImageError};
 use crate::jobs::JobError;
 use crate::jobs::parts::{DiskParts, NOWHERE};
+use crate::seeded::{self, Bug};
 use crate::storage::{Storage, ZeroMode, transfer};
 use crate::units::ByteRange;
 
@@ -35,7 +36,9 @@ pub async fn reset<S: Storage>(parts: &DiskParts<'_, S>) -> Result<(), JobError>
     let bits = ByteRange::between(parts.geometry.offset(), side_len.max(file_len));
     let cleared = transfer::write_zeroes(parts.side, bits, ZeroMode::PunchHole).await;
     cleared.map_err(ImageError::io("clear the bitmap of", FileRole::Side, bits))?;
-    parts.sync_side().await?;
+    if !seeded::bug(Bug::ResetBitsNotSynced) {
+        parts.sync_side().await?;
+    }
     // Only now: without the flag a bit that is still set would count.
     parts.change_header(flag_off).await?;
     // And only now is the raw image needed by nobody (I1).

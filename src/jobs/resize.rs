@@ -16,6 +16,7 @@ use crate::image::chain::Chain;
 use crate::image::{FileRole, ImageError, check};
 use crate::jobs::JobError;
 use crate::jobs::parts::{DiskParts, NOWHERE};
+use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::ByteRange;
 
@@ -65,6 +66,9 @@ async fn prepare<S: Storage>(
         parts.sync_raw().await?;
     }
     clear_behind(parts, &old).await?;
+    if seeded::bug(Bug::GrowsBeforeBits) {
+        parts.set_raw_len(new.virtual_size())?;
+    }
     parts.set_side_len(new.file_len())?;
     let backing_len = backing.map_or(0, Chain::virtual_size).min(new.virtual_size());
     if parts.header.all_allocated {
@@ -76,7 +80,7 @@ async fn prepare<S: Storage>(
         complete_last_cluster(parts, backing).await?;
         parts.set_bits(old.clusters()..old.cluster_size().count(backing_len)).await?;
     }
-    parts.sync_side().await
+    if seeded::bug(Bug::GrowBitsNotSynced) { Ok(()) } else { parts.sync_side().await }
 }
 
 /// Brings the old disk's last cluster into the raw image, if it is partial and not there yet. What
@@ -98,12 +102,17 @@ async fn complete_last_cluster<S: Storage>(
     let written = transfer::write_all(parts.raw, range.start(), data).await;
     written.map_err(ImageError::io("write", FileRole::Raw, range))?;
     // The bit must not be durable before its cluster (I1).
-    parts.sync_raw().await?;
+    if !seeded::bug(Bug::LastClusterNotSynced) {
+        parts.sync_raw().await?;
+    }
     parts.set_bits(cluster..cluster + 1).await
 }
 
 /// Makes the disk smaller, or removes what is left over behind the end of one of the same size.
 async fn shrink<S: Storage>(parts: &DiskParts<'_, S>, new: BitmapGeometry) -> Result<(), JobError> {
+    if seeded::bug(Bug::ShrinkClearsFirst) {
+        clear_behind(parts, &new).await?;
+    }
     if new.virtual_size() < parts.geometry.virtual_size() {
         parts.set_raw_len(new.virtual_size())?;
         parts.sync_raw().await?;

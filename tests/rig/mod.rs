@@ -10,8 +10,13 @@
 
 #![allow(dead_code, reason = "each test file uses its own part of the rig")]
 
+pub mod cuts;
+pub mod jobs;
+pub mod live;
 pub mod points;
+pub mod requests;
 pub mod stack;
+pub mod verbs;
 
 use std::cell::RefCell;
 use std::future::Future;
@@ -54,9 +59,26 @@ pub fn base_seed(default: u64) -> u64 {
     text.and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// `count` with optimisation, a tenth of it without.
+/// `count` with optimisation, a tenth of it without; times `ADDCOW_SOAK`, if that is given.
 pub fn scaled(count: u64) -> u64 {
-    if cfg!(debug_assertions) { count.div_ceil(10) } else { count }
+    let text = std::env::var("ADDCOW_SOAK").ok();
+    let factor = text.and_then(|text| text.parse().ok()).unwrap_or(1);
+    count.div_ceil(if cfg!(debug_assertions) { 10 } else { 1 }) * factor
+}
+
+/// Says how to replay a random test when it fails, whatever it is that fails.
+#[derive(Debug)]
+pub struct Replay(
+    /// The seed.
+    pub u64,
+);
+
+impl Drop for Replay {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("replay with ADDCOW_SEED={}", self.0);
+        }
+    }
 }
 
 /// The bytes of a sector with this tag.
@@ -464,6 +486,16 @@ pub async fn perform(
     oracle: &RefCell<Oracle>,
     op: Op,
 ) -> Result<(), ImageError> {
+    perform_on(image, oracle, op, &|first, bytes| rig.tags_of(first, bytes)).await
+}
+
+/// The same on any image: `tags_of` tells the tags of what was read from a sector on.
+pub async fn perform_on(
+    image: &Image<SimStorage>,
+    oracle: &RefCell<Oracle>,
+    op: Op,
+    tags_of: &dyn Fn(u64, &[u8]) -> Vec<u64>,
+) -> Result<(), ImageError> {
     let (began, tags) = oracle.borrow_mut().begin(op);
     let bytes = |sectors: u64| usize::try_from(sectors * SECTOR).expect("small");
     let result = match op {
@@ -471,7 +503,7 @@ pub async fn perform(
             let buffer = IoBuffer::from_bytes(&vec![0x55; bytes(len)]);
             let result = image.read(start * SECTOR, buffer.clone()).await;
             if result.is_ok() {
-                let tags = rig.tags_of(start, &buffer.to_vec());
+                let tags = tags_of(start, &buffer.to_vec());
                 oracle.borrow().check_read(start, &tags, began, &op);
             }
             result

@@ -260,6 +260,12 @@ impl Stack {
         Image::new(state, self.raw(overlay), Some(self.side(overlay)), backing)
     }
 
+    /// One more handle on an overlay that is open.
+    pub async fn handle(&self, overlay: usize, state: &Arc<ImageState>) -> Image<SimStorage> {
+        let backing = self.below(overlay).await.filter(|_| !state.allocation().is_all());
+        Image::new(Arc::clone(state), self.raw(overlay), Some(self.side(overlay)), backing)
+    }
+
     /// What an overlay shows, opened from its files.
     pub fn bytes(&self, overlay: usize) -> Vec<u8> {
         let image = block_on(self.open(overlay));
@@ -268,37 +274,4 @@ impl Stack {
         block_on(image.read(0, buffer.clone())).expect("the whole disk can be read");
         buffer.to_vec()
     }
-}
-
-/// The most subsets of unsynced sectors that are all tried.
-const MAX_SUBSETS: usize = 64;
-
-/// Ways in which a power cut may treat the unsynced sectors of which `versions` tells how many
-/// versions each has, for `SimDisk::power_cut_choosing`: all ways, or if they are too many none,
-/// all, each alone, each missing, some at random.
-pub fn subsets(versions: &[usize], rng: &mut Rng) -> Vec<Vec<usize>> {
-    let count =
-        versions.iter().try_fold(1_usize, |product, n| product.checked_mul(n + 1)).unwrap_or(0);
-    if (1..=MAX_SUBSETS).contains(&count) {
-        let way = |mut number: usize| {
-            let digit = |n: &usize| {
-                let digit = number % (n + 1);
-                number /= n + 1;
-                digit
-            };
-            versions.iter().map(digit).collect()
-        };
-        return (0..count).map(way).collect();
-    }
-    let none = versions.to_vec();
-    let all: Vec<usize> = versions.iter().map(|n| n - 1).collect();
-    let mut ways = vec![none.clone(), all.clone()];
-    for _ in 0..12 {
-        let index = rng.usize(0..versions.len());
-        let (mut alone, mut missing) = (none.clone(), all.clone());
-        (alone[index], missing[index]) = (all[index], none[index]);
-        ways.extend([alone, missing]);
-        ways.push(versions.iter().map(|n| rng.usize(0..=*n)).collect());
-    }
-    ways
 }
