@@ -81,6 +81,8 @@ struct State {
     failure: Option<Failure>,
     /// How many operations went wrong.
     failed: u64,
+    /// How many of them were syncs.
+    failed_syncs: u64,
 }
 
 impl State {
@@ -131,7 +133,9 @@ impl State {
 
     /// Makes a change and notes it.
     fn change(&mut self, inode: u64, change: Change) -> Result<(), i32> {
-        self.begin()?;
+        let begun = self.begin();
+        self.failed_syncs += u64::from(begun.is_err() && change == Change::Sync);
+        begun?;
         let (number, bytes) = self.content(inode)?;
         match &change {
             Change::Write(offset, data) => {
@@ -384,12 +388,18 @@ impl Recorder {
     /// Counts operations from 0 again, and lets one of them go wrong; `None`: none.
     pub fn fail(&self, failure: Option<Failure>) {
         let mut state = self.state();
-        (state.operations, state.failure, state.failed) = (0, failure, 0);
+        (state.operations, state.failure) = (0, failure);
+        (state.failed, state.failed_syncs) = (0, 0);
     }
 
     /// How many operations there were since [`Recorder::fail`], and how many went wrong.
     pub fn operations(&self) -> (u64, u64) {
         let state = self.state();
         (state.operations, state.failed)
+    }
+
+    /// How many syncs went wrong since [`Recorder::fail`].
+    pub fn failed_syncs(&self) -> u64 {
+        self.state().failed_syncs
     }
 }
