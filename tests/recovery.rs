@@ -132,6 +132,22 @@ fn completed_writes_survive_several_deaths_in_a_row_without_a_flush() {
 }
 
 #[test]
+fn completed_writes_survive_although_the_front_end_has_asked_for_another_region() {
+    // As QEMU does when its guest is reset.
+    let disk = Disk::create(Shape::new(4 * MIB, 64 * KIB).in_memory());
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    write(&mut guest, 7, 5);
+    guest.keep_inflight();
+    write(&mut guest, 7, 200);
+    daemon.kill();
+    let (_daemon, stream) = disk.serve_after_kill(&[]);
+    guest.reconnect(stream).expect("accepted");
+    for sector in [5, 200] {
+        assert_bytes(&guest.read(sector, SECTOR), &pattern(7, sector, SECTOR), "a write");
+    }
+}
+
+#[test]
 fn requests_of_a_daemon_that_stands_still_are_done_once_by_the_next() {
     let disk = Disk::create(Shape::new(4 * MIB, 4 * KIB));
     let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::queues(1, 256));
