@@ -21,6 +21,7 @@ use fuser::{
     BackgroundSession, FileAttr, FileType, Filesystem, MountOption, ReplyAttr, ReplyData,
     ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, spawn_mount2,
 };
+use rustix::mount::{UnmountFlags, unmount};
 use tempfile::TempDir;
 
 /// The device through which the kernel talks to the file system.
@@ -331,6 +332,14 @@ pub struct Recorder {
     state: Arc<Mutex<State>>,
     /// Where it is mounted.
     dir: TempDir,
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        // The session does it too, but not while a file is open: the io_uring of a daemon that has
+        // ended keeps its files for some milliseconds.
+        unmount(self.dir(), UnmountFlags::DETACH).ok();
+    }
 }
 
 impl Recorder {
