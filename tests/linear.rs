@@ -425,3 +425,34 @@ fn every_sector_is_a_register() {
     assert!(overlapping > operations / 10, "{overlapping} of {operations} overlap: too few");
     assert!(cfg!(debug_assertions) || operations >= 1_000_000, "only {operations} operations");
 }
+
+/// Checks a history of whole-sector writes of numbers 1 and 2, one after the other or overlapping,
+/// and a read whose first word is the first write's and whose others are the second's.
+fn check_torn(writes: [(u64, u64); 2], read: (u64, u64)) {
+    let (mem, clock) = (Arc::new(Memory::new()), Arc::new(AtomicU64::new(1)));
+    let initial = Arc::new(vec![0; to_usize(PART) * SECTOR]);
+    let ground = Ground { mem, initial, clock, first: 0, hot: 0 };
+    let timed = |kind, (start, end)| Record { start, end, ..Record::new(kind, 3, 1) };
+    let mut words = vec![tag(2, 3); SECTOR / 8];
+    words[0] = tag(1, 3);
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    assert_eq!(ground.tag_of(3, &bytes), None, "a torn sector is known for one");
+    let words = ground.tags_of_words(3, &bytes);
+    let torn = Record { tags: vec![TORN], torn: [(3, words)].into(), ..timed(Kind::Read, read) };
+    let records = [timed(Kind::Write(1), writes[0]), timed(Kind::Write(2), writes[1]), torn];
+    let mut figures = Figures::default();
+    check(&ground, &records, &mut figures);
+    assert_eq!((figures.operations, figures.torn), (3, 1));
+}
+
+#[test]
+fn a_read_may_tear_between_writes_that_it_overlaps() {
+    check_torn([(1, 2), (3, 9)], (4, 5));
+    check_torn([(1, 9), (2, 8)], (10, 11));
+}
+
+#[test]
+#[should_panic(expected = "is no register")]
+fn a_sector_torn_by_an_old_write_is_refused() {
+    check_torn([(1, 2), (3, 4)], (5, 6));
+}
