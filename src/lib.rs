@@ -9,6 +9,7 @@ pub mod jobs;
 pub mod log_limit;
 pub mod seeded;
 pub mod storage;
+mod sync;
 pub mod units;
 pub mod vhost_user;
 pub mod virtio;

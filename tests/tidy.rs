@@ -9,15 +9,16 @@ use std::path::{Path, PathBuf};
 /// Which modules of the crate each one may use. The order is that of the layers.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("units", &[]),
-    ("executor", &[]),
+    ("sync", &[]),
+    ("executor", &["sync"]),
     ("log_limit", &[]),
     ("seeded", &[]),
     ("format", &["units"]),
     ("storage", &["units"]),
-    ("image", &["units", "format", "storage", "executor", "seeded"]),
+    ("image", &["units", "format", "storage", "executor", "sync", "seeded"]),
     ("jobs", &["units", "format", "storage", "image", "executor", "seeded"]),
     ("virtio", &["units", "storage", "image", "log_limit"]),
-    ("vhost_user", &["executor", "storage", "image", "virtio", "log_limit"]),
+    ("vhost_user", &["executor", "storage", "image", "virtio", "log_limit", "sync"]),
     ("cli", &["units", "executor", "format", "storage", "image", "jobs", "virtio", "vhost_user"]),
     ("bin", &["cli"]),
 ];

@@ -8,12 +8,11 @@
 //! Not here: who may set a bit when (`cluster_lock`, `write`), and writing pages (`flush`).
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-
-use zerocopy::FromZeros;
 
 use crate::format::{BitmapGeometry, decode_words, encode_words};
 use crate::seeded::{self, Bug};
+use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{change_word, table_size, thread, zero_words};
 
 /// Bits in a word.
 const WORD_BITS: u64 = 64;
@@ -39,8 +38,11 @@ struct Bits {
     dirty_pages: Box<[AtomicU64]>,
     /// How many threads are between marking a page dirty and setting its bits, by page number
     /// modulo the length.
-    marking: [MarkingCount; 16],
+    marking: [MarkingCount; MARKING_COUNTS],
 }
+
+/// Counts of threads that mark.
+const MARKING_COUNTS: usize = table_size(16, 1);
 
 /// A count of threads, on a cache line of its own so that queues do not share one.
 #[derive(Debug, Default)]
@@ -54,11 +56,6 @@ impl Drop for Marking<'_> {
     fn drop(&mut self) {
         self.0.0.fetch_sub(1, Ordering::SeqCst);
     }
-}
-
-/// `count` zero words, not touched before they are used.
-fn zero_words(count: u64) -> Option<Box<[AtomicU64]>> {
-    <[AtomicU64]>::new_box_zeroed_with_elems(usize::try_from(count).ok()?).ok()
 }
 
 /// The place of bit `index`: word and mask.
@@ -114,11 +111,11 @@ impl AllocationMap {
         let first = usize::try_from(start / 8).unwrap_or(usize::MAX);
         let words = bits.allocated.iter_mut().skip(first);
         for (word, value) in words.zip(decode_words(bytes)) {
-            *word.get_mut() = value;
+            change_word(word, |word| *word = value);
         }
         let last_mask = bits.geometry.word_mask(bits.geometry.words().saturating_sub(1));
         if let Some(last) = bits.allocated.last_mut() {
-            *last.get_mut() &= last_mask;
+            change_word(last, |last| *last &= last_mask);
         }
     }
 
@@ -229,7 +226,7 @@ impl Bits {
     fn wait_for_markers(&self) {
         for count in &self.marking {
             while count.0.load(Ordering::SeqCst) != 0 {
-                std::thread::yield_now();
+                thread::yield_now();
             }
         }
     }

@@ -8,14 +8,15 @@
 //! Reads and writes of allocated clusters take no lock at all.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::{Poll, Waker};
 
 use crate::seeded::{self, Bug};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use crate::sync::table_size;
 
 /// Words in the table.
-const WORDS: usize = 1024;
+const WORDS: usize = table_size(1024, 4);
 
 /// The table of locks of one image.
 #[derive(Debug)]

@@ -8,14 +8,14 @@
 //! Not here: deciding which bits are new (`allocation`), retrying a failed sync (it is final).
 
 use std::io;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Poll, Waker};
 
 use super::allocation::FrozenBits;
 use super::{FileRole, Image, ImageError};
 use crate::seeded::{self, Bug};
 use crate::storage::{IoBuffer, Storage, transfer};
+use crate::sync::Mutex;
+use crate::sync::atomic::{AtomicBool, Ordering};
 use crate::units::ByteRange;
 
 /// The largest single write of bitmap pages, in bytes.

@@ -15,14 +15,15 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, MutexGuard};
 
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 
 use super::SharedMemory;
+use crate::sync::atomic::{AtomicBool, Ordering};
+use crate::sync::{self, Condvar, Mutex};
 use crate::virtio::ring::{RingSetup, SplitRing};
 
 /// A new eventfd that never blocks.
@@ -101,7 +102,7 @@ impl RingControl {
     }
 
     /// The agreed state.
-    fn lock(&self) -> MutexGuard<'_, ControlState> {
+    fn lock(&self) -> sync::MutexGuard<'_, ControlState> {
         self.state.lock().expect("no panic while held")
     }
 
@@ -116,9 +117,10 @@ impl RingControl {
 
     /// Waits until the worker has drained and left. There must be a pause in force.
     pub fn wait_until_left(&self) {
-        let state = self.lock();
-        let _left =
-            self.left.wait_while(state, |state| state.running).expect("no panic while held");
+        let mut state = self.lock();
+        while state.running {
+            state = self.left.wait(state).expect("no panic while held");
+        }
     }
 
     /// Brings the ring to rest.

@@ -52,6 +52,12 @@ impl Model {
         self.unsure[to_usize(sector)..][..to_usize(count)].fill(true);
     }
 
+    /// The disk has `len` bytes now, whole sectors; what is new reads zeros.
+    pub fn resize(&mut self, len: usize) {
+        self.bytes.resize(len, 0);
+        self.unsure.resize(len / SECTOR, false);
+    }
+
     /// The content of `count` sectors is known again.
     fn settle(&mut self, sector: u64, count: usize) {
         self.unsure[to_usize(sector)..][..count].fill(false);
@@ -120,7 +126,7 @@ impl Op {
     }
 
     /// Applies it to the model, or checks the data that it read against it.
-    fn apply(&self, model: &mut Model, reply: &Reply) {
+    pub fn apply(&self, model: &mut Model, reply: &Reply) {
         match self {
             Self::Read(range) => model.check(range.start, reply.data(), &format!("{self:?}")),
             Self::Write(range, seed) => model.write(range.start, &data(range, *seed)),
@@ -182,7 +188,7 @@ impl Workload {
     }
 
     /// The next operation, clear of the sectors in `taken`.
-    fn op(&mut self, sectors: u64, near: u64, taken: &mut Vec<Range<u64>>) -> Op {
+    pub fn op(&mut self, sectors: u64, near: u64, taken: &mut Vec<Range<u64>>) -> Op {
         let mut ranges = |this: &mut Self| {
             let count = this.rng.pick(1..4);
             (0..count).map(|_| this.range(sectors, near, taken)).collect::<Vec<_>>()

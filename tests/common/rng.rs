@@ -33,6 +33,11 @@ impl Rng {
         Self { state }
     }
 
+    /// The sequence of `seed`, whatever the environment says, and nothing is printed.
+    pub fn quiet(seed: u64) -> Self {
+        Self { state: seed }
+    }
+
     /// The next 64 bits.
     pub fn next(&mut self) -> u64 {
         self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
