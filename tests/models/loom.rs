@@ -7,6 +7,10 @@
 //! another is a cell whose every access loom checks.
 //!
 //! Not here: whole requests (`shuttle.rs`), the framework's threads, guest memory.
+#![allow(
+    clippy::arc_with_non_send_sync,
+    reason = "loom runs its threads one at a time, and asks for no Send"
+)]
 
 #[allow(dead_code, reason = "no model here needs the host's observer")]
 #[path = "host.rs"]
