@@ -378,7 +378,9 @@ fn descriptors_that_change_while_the_device_reads_them_change_nothing_on_the_dis
         guest.kick(0);
         let used = guest.rings[0].wait();
         assert_eq!(used.head, 0);
-        assert!(used.len == 0 || used.len <= 64 * 1024, "used length {}", used.len);
+        // Half of an old length and half of a new one is a length, too; but what is used lies in
+        // guest memory.
+        assert!(u64::from(used.len) <= END, "used length {}", used.len);
     }
     done.store(true, Ordering::Relaxed);
     writer.join().expect("the other processor");
