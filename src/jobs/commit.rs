@@ -25,7 +25,7 @@ use crate::image::{FileRole, Image, ImageError, OpenError, session};
 use crate::jobs::copy::{Pace, Piece, Pieces};
 use crate::jobs::parts::DiskParts;
 use crate::jobs::progress::Progress;
-use crate::jobs::reset::reset;
+use crate::jobs::reset::reset_disk;
 use crate::jobs::resize::resize;
 use crate::jobs::{JobError, copy};
 use crate::seeded::{self, Bug};
@@ -145,22 +145,12 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
             )));
         }
     }
-    if keep { Ok(()) } else { empty(&disk) }
-}
-
-/// Takes everything out of a disk whose base shows the same.
-fn empty(disk: &DiskFiles) -> Result<(), JobError> {
-    let side = FileStorage::new(Arc::clone(&disk.side));
-    let raw = FileStorage::new(Arc::clone(&disk.raw));
-    let (header, geometry) = (disk.header.clone(), disk.geometry);
-    session::renew_in(&disk.side)?;
-    block_on(reset(&DiskParts { side: &side, raw: &raw, header, geometry }))
+    if keep { Ok(()) } else { reset_disk(&disk) }
 }
 
 /// Opens an add-cow base for writing, and makes it at least as long as the disk.
 fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobError> {
     let base = DiskFiles::open(path, DiskAccess::WRITE)?;
-    session::renew_in(&base.side)?;
     let size = disk.geometry.virtual_size();
     if base.geometry.virtual_size() < size {
         let cluster_size = base.geometry.cluster_size();
@@ -172,11 +162,14 @@ fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobErro
         let raw = FileStorage::new(Arc::clone(&base.raw));
         let (header, geometry) = (base.header.clone(), base.geometry);
         let parts = DiskParts { side: &side, raw: &raw, header, geometry };
+        session::renew_in(&base.side)?;
         block_on(resize(&parts, below.as_ref(), new))?;
     }
     // It refuses to be opened a second time while it is locked.
     drop(base);
-    Ok(add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?)
+    let base = add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
+    base.side.as_ref().map_or(Ok(()), session::renew_in)?;
+    Ok(base)
 }
 
 /// Opens a raw base for writing.

@@ -70,8 +70,8 @@ pub fn rebase_disk(
         return block_on(parts.change_header(change));
     }
     let new = open_new(&disk, backing)?;
-    session::renew_in(&disk.side)?;
     if disk.header.all_allocated {
+        session::renew_in(&disk.side)?;
         return block_on(parts.change_header(change));
     }
     let disk = open_image(disk, new.as_ref())?;
@@ -84,6 +84,7 @@ pub fn rebase_disk(
     let handles = (handle(old), handle(new.as_ref()));
     let chains =
         Chains { old: handles.0.as_ref(), new: handles.1.as_ref(), is_same_file: &is_same_file };
+    disk.side.as_ref().map_or(Ok(()), session::renew_in)?;
     block_on(rebase(&parts, &image, &chains, change, progress))
 }
 

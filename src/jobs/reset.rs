@@ -6,13 +6,33 @@
 //!
 //! Not here: asking whether somebody wants to keep what is lost.
 
+use std::sync::Arc;
+
+use crate::executor::block_on;
 use crate::format::HeaderChange;
-use crate::image::{FileRole, ImageError};
+use crate::image::inspect::DiskFiles;
+use crate::image::{FileRole, ImageError, session};
 use crate::jobs::JobError;
 use crate::jobs::parts::{DiskParts, NOWHERE};
 use crate::seeded::{self, Bug};
+use crate::storage::file::FileStorage;
 use crate::storage::{Storage, ZeroMode, transfer};
 use crate::units::ByteRange;
+
+/// Resets the disk of these files, see [`reset`].
+///
+/// # Errors
+/// As [`reset`].
+pub fn reset_disk(disk: &DiskFiles) -> Result<(), JobError> {
+    let side = FileStorage::new(Arc::clone(&disk.side));
+    let raw = FileStorage::new(Arc::clone(&disk.raw));
+    let (header, geometry) = (disk.header.clone(), disk.geometry);
+    let parts = DiskParts { side: &side, raw: &raw, header, geometry };
+    // What is refused changes nothing, not even the session.
+    block_on(parts.plan_header(|area| HeaderChange::to_all_allocated(area, false)))?;
+    session::renew_in(&disk.side)?;
+    block_on(reset(&parts))
+}
 
 /// Clears every bit, and gives the raw image's space back.
 ///
