@@ -4,7 +4,7 @@
 //! order (vhost-user, "Inflight I/O tracking"). The layout is our own: a front end keeps the memory
 //! and does not look at it.
 //!
-//! One word for each head: 0, or the number of the request, with [`DONE`] once its used entry is
+//! One word for each head: 0, or the number of the request, with `DONE` once its used entry is
 //! filled. One word for the used index as it was last published. Completing a batch goes: entries
 //! get DONE; the used index is published in the ring; the entries become 0; our copy of the used
 //! index follows. So after a death at any point: if ring and copy agree, what is DONE was not
