@@ -15,7 +15,7 @@ use crate::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use crate::sync::{change_word, table_size, thread, zero_words};
 
 /// Bits in a word.
-const WORD_BITS: u64 = 64;
+pub(super) const WORD_BITS: u64 = 64;
 
 /// Words in a bitmap page.
 const PAGE_WORDS: u64 = BitmapGeometry::PAGE_LEN / 8;

@@ -13,11 +13,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::allocation::{AllocationMap, masks};
+use super::allocation::{AllocationMap, WORD_BITS, masks};
 use crate::storage::shared_memory::SharedMemory;
-
-/// Clusters in a word.
-const WORD_BITS: u64 = 64;
 
 /// One bit for each cluster of a disk.
 #[derive(Debug)]

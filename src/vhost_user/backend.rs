@@ -30,7 +30,7 @@ use crate::virtio::guest_memory::GuestMap;
 pub const MAX_QUEUES: u16 = 64;
 
 /// The largest queue that we accept: the largest that VIRTIO allows (2.7). crosvm makes no smaller.
-const MAX_QUEUE_SIZE: usize = 32768;
+pub(super) const MAX_QUEUE_SIZE: usize = 32768;
 
 /// One connection's device.
 pub struct BlkBackend {
@@ -154,12 +154,8 @@ impl InflightMessages for BlkBackend {
         let mut result = Ok(());
         // A front end that stops and starts its rings gives the region back each time.
         self.at_rest(|| {
-            result = self.recovery.accept(file, shape).and_then(|region| {
-                if region.len() != len {
-                    return Err(RecoveryError::Refused("its length is not what the message says"));
-                }
+            result = self.recovery.accept(file, len, shape).map(|region| {
                 *self.region.lock().expect("no panic while held") = Some(Arc::new(region));
-                Ok(())
             });
         });
         result

@@ -245,7 +245,7 @@ fn answer_inflight(
     if message.request() == GET_INFLIGHT_FD {
         let region = device.get(shape)?;
         let mut answer = payload.to_vec();
-        answer[..8].copy_from_slice(&region.len().to_le_bytes());
+        answer[..8].copy_from_slice(&region.bytes().to_le_bytes());
         answer[8..16].fill(0);
         let fd = region.file().try_clone().map_err(RecoveryError::Memory)?;
         return Ok(Some(Message::answer_to(GET_INFLIGHT_FD, &answer, vec![fd.into()])));

@@ -19,6 +19,7 @@ use std::io;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
+use super::backend::MAX_QUEUE_SIZE;
 use crate::executor::block_on;
 use crate::image::ImageError;
 use crate::image::journal::{BitJournal, JournalError};
@@ -39,9 +40,6 @@ const HEADER_WORDS: usize = 13;
 
 /// Each queue, and the bits, begin at a multiple of so many words: a cache line.
 const ALIGNMENT: usize = 8;
-
-/// The most entries of a queue (VIRTIO 1.3, 2.7).
-const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// How many queues of which size a front end has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -94,6 +92,11 @@ impl Layout {
         let words = bits.checked_add(BitJournal::words(clusters)?)?;
         Some(Self { shape, stride, bits, words })
     }
+
+    /// All bytes.
+    fn bytes(&self) -> u64 {
+        self.words as u64 * 8
+    }
 }
 
 /// A region in use.
@@ -121,14 +124,8 @@ impl Region {
 
     /// Bytes of the region.
     #[must_use]
-    pub fn len(&self) -> u64 {
-        self.layout.words as u64 * 8
-    }
-
-    /// Whether it has no bytes, which none has.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.layout.words == 0
+    pub fn bytes(&self) -> u64 {
+        self.layout.bytes()
     }
 
     /// The file that the front end keeps.
@@ -167,14 +164,14 @@ impl Recovery {
     /// # Errors
     /// `Disk` if the add-cow file cannot be read, `Memory` if the host does not tell its boot.
     pub fn new(image: Arc<OpenImage>, max_queues: u16) -> Result<Self, RecoveryError> {
+        let has_new_bits = image.state.clusters() > 0 && image.state.is_writable();
         let session = match &image.side {
-            Some(side) if image.state.clusters() > 0 && image.state.is_writable() => {
+            Some(side) if has_new_bits => {
                 block_on(session::read(&FileStorage::new(Arc::clone(side))))?
             }
             _ => Session::Impossible,
         };
-        if session == Session::Impossible && image.state.clusters() > 0 && image.state.is_writable()
-        {
+        if has_new_bits && session == Session::Impossible {
             log::warn!(
                 "the add-cow file's names leave no room for a session number: clusters that are \
                  new since the last flush are lost if this process is killed"
@@ -220,17 +217,17 @@ impl Recovery {
         Ok(self.region(memory, layout))
     }
 
-    /// Takes a region that a front end gives back, and with it the bits that are new to this
-    /// process: they are durable when this returns. No queue runs meanwhile.
+    /// Takes a region of `len` bytes that a front end gives back, and with it the bits that are new
+    /// to this process: they are durable when this returns. No queue runs meanwhile.
     ///
     /// # Errors
     /// `Refused` and `Journal` if it is not for this disk as it is now, or damaged: nothing has
     /// changed then. `Disk` if the host failed.
-    pub fn accept(&self, file: File, shape: QueueShape) -> Result<Region, RecoveryError> {
+    pub fn accept(&self, file: File, len: u64, shape: QueueShape) -> Result<Region, RecoveryError> {
         self.check_shape(shape)?;
         let layout = self.layout(shape)?;
         let memory = SharedMemory::open(file).map_err(RecoveryError::Memory)?;
-        if memory.words() != layout.words {
+        if memory.words() != layout.words || len != layout.bytes() {
             return Err(RecoveryError::Refused("its length is not that of this disk's"));
         }
         let session = self.session();
@@ -267,7 +264,7 @@ impl Recovery {
         let QueueShape { queues, size } = shape;
         let is_fine = (1..=self.max_queues).contains(&queues)
             && size.is_power_of_two()
-            && size <= MAX_QUEUE_SIZE;
+            && usize::from(size) <= MAX_QUEUE_SIZE;
         if is_fine { Ok(()) } else { Err(RecoveryError::Shape(shape)) }
     }
 
