@@ -18,8 +18,8 @@ use std::ops::Range;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 
-/// The most ranges at a time. A disk has two, a guest's memory may have some more.
-const MAX_RANGES: usize = 64;
+/// The most ranges at a time: the 509 memory slots of a guest, and the files of a disk.
+const MAX_RANGES: usize = 640;
 
 /// A registered range, as the handler sees it.
 struct Slot {
@@ -27,6 +27,8 @@ struct Slot {
     start: AtomicUsize,
     /// Address behind the last one.
     end: AtomicUsize,
+    /// Size of the range's pages in bytes, a power of two.
+    page_size: AtomicUsize,
     /// Whether a page was missing.
     faulted: AtomicBool,
 }
@@ -42,12 +44,22 @@ static SLOTS: [Slot; MAX_RANGES] = [const {
     Slot {
         start: AtomicUsize::new(FREE),
         end: AtomicUsize::new(0),
+        page_size: AtomicUsize::new(0),
         faulted: AtomicBool::new(false),
     }
 }; MAX_RANGES];
 
-/// Size of a page in bytes, for the handler.
-static PAGE_SIZE: AtomicUsize = AtomicUsize::new(4096);
+/// How many pages were missing so far, in all ranges.
+static MISSING: AtomicUsize = AtomicUsize::new(0);
+
+/// How many pages were missing so far, in all ranges. Whoever has many ranges asks this first, and
+/// each of them only if it has changed.
+#[must_use]
+pub fn missing_pages() -> usize {
+    // As in `FaultGuard::has_faulted`.
+    fence(Ordering::Acquire);
+    MISSING.load(Ordering::Relaxed)
+}
 
 /// What SIGBUS did before.
 struct Previous(UnsafeCell<MaybeUninit<libc::sigaction>>);
@@ -70,11 +82,12 @@ pub struct FaultGuard {
 }
 
 impl FaultGuard {
-    /// Registers `range`, which must begin and end at page boundaries.
+    /// Registers `range`, which must begin and end at page boundaries, the pages being of
+    /// `page_size` bytes: a power of two, more than the host's only for huge pages.
     ///
     /// # Errors
     /// `QuotaExceeded` if too many ranges are registered, or why there is no handler.
-    pub fn new(range: Range<usize>) -> io::Result<Self> {
+    pub fn new(range: Range<usize>, page_size: usize) -> io::Result<Self> {
         INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
         let reserve = |slot: &Slot| {
             let order = Ordering::Acquire;
@@ -86,6 +99,7 @@ impl FaultGuard {
         let slot = &SLOTS[index];
         slot.faulted.store(false, Ordering::Relaxed);
         slot.end.store(range.end, Ordering::Relaxed);
+        slot.page_size.store(page_size, Ordering::Relaxed);
         // Last: from here on the handler believes the slot.
         slot.start.store(range.start, Ordering::Release);
         Ok(Self { slot: index })
@@ -110,7 +124,6 @@ impl Drop for FaultGuard {
 
 /// Installs the handler.
 fn install() -> Result<(), i32> {
-    PAGE_SIZE.store(rustix::param::page_size(), Ordering::Relaxed);
     // SAFETY: all-zero bytes are a valid `sigaction` (no handler, empty mask, no flags).
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as *const () as usize;
@@ -144,8 +157,9 @@ fn replace_page(address: usize) -> bool {
         start > RESERVED && start <= address && address < slot.end.load(Ordering::Relaxed)
     };
     let Some(slot) = SLOTS.iter().find(in_range) else { return false };
-    slot.faulted.store(true, Ordering::Release);
-    let size = PAGE_SIZE.load(Ordering::Relaxed);
+    slot.faulted.store(true, Ordering::Relaxed);
+    MISSING.fetch_add(1, Ordering::Release);
+    let size = slot.page_size.load(Ordering::Relaxed);
     let page = address & !(size - 1);
     let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
     let access = libc::PROT_READ | libc::PROT_WRITE;

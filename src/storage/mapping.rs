@@ -102,7 +102,7 @@ impl Mapping {
         let blocks = (0..len.div_ceil(BLOCK)).map(|_| AtomicU8::new(0)).collect();
         let mut mapping = Self { start, len, mapped_len, guard: None, kind, writable, blocks };
         let range = start.as_ptr().addr()..start.as_ptr().addr() + mapped_len;
-        mapping.guard = Some(FaultGuard::new(range)?);
+        mapping.guard = Some(FaultGuard::new(range, page)?);
         if !mapping.tells_the_truth() {
             return Err(io::ErrorKind::Unsupported.into());
         }

@@ -5,26 +5,30 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::fstatfs;
 use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{EventConsumer, EventNotifier};
 
 use super::SharedMemory;
 use super::exit_event::ExitEvents;
 use super::interposer::InflightMessages;
-use super::queue::{self, Heritage, QueueContext};
+use super::queue::{self, Heritage, QueueContext, QueueError};
 use super::recovery::{QueueShape, Recovery, RecoveryError, Region};
-use super::vring::{Pause, RingControl, Vring};
+use super::vring::{Pause, RingControl, Vring, new_eventfd, ring_eventfd};
 use crate::virtio::config::has_feature;
-use crate::virtio::guest_memory::GuestMap;
+use crate::virtio::guest_memory::{GuardedMemory, GuestMap};
 
 /// The most queues: the framework keeps the queues of a thread in the bits of a u64.
 pub const MAX_QUEUES: u16 = 64;
@@ -32,12 +36,17 @@ pub const MAX_QUEUES: u16 = 64;
 /// The largest queue that we accept: the largest that VIRTIO allows (2.7). crosvm makes no smaller.
 pub(super) const MAX_QUEUE_SIZE: usize = 32768;
 
+/// File system type of FUSE (statfs(2), `FUSE_SUPER_MAGIC`).
+const FUSE_MAGIC: i64 = 0x6573_5546;
+
 /// One connection's device.
 pub struct BlkBackend {
     /// What its queues share.
     context: QueueContext,
-    /// Guest memory; the framework replaces it, and tells us.
-    memory: SharedMemory,
+    /// Guest memory, as the queues may use it.
+    memory: Mutex<Option<Arc<GuardedMemory>>>,
+    /// Readable once a queue has found that the front end took memory away.
+    memory_gone: Arc<OwnedFd>,
     /// Feature bits that the front end accepted.
     features: AtomicU64,
     /// Control of each queue that has run, by thread.
@@ -62,12 +71,15 @@ impl std::fmt::Debug for BlkBackend {
 
 impl BlkBackend {
     /// The device of a new connection.
-    #[must_use]
-    pub fn new(context: QueueContext, recovery: Arc<Recovery>, memory: SharedMemory) -> Self {
+    ///
+    /// # Errors
+    /// If there is no file descriptor left.
+    pub fn new(context: QueueContext, recovery: Arc<Recovery>) -> io::Result<Self> {
         let queues = usize::from(context.device.config().num_queues);
-        Self {
+        Ok(Self {
             context,
-            memory,
+            memory: Mutex::new(None),
+            memory_gone: new_eventfd()?,
             features: AtomicU64::new(0),
             controls: Mutex::new(vec![None; queues]),
             closing: AtomicBool::new(false),
@@ -75,7 +87,12 @@ impl BlkBackend {
             recovery,
             region: Mutex::new(None),
             channel: Mutex::new(None),
-        }
+        })
+    }
+
+    /// Becomes readable when the front end has taken memory away: the connection is to end then.
+    pub fn memory_gone(&self) -> BorrowedFd<'_> {
+        self.memory_gone.as_fd()
     }
 
     /// Stops all queues for good, and waits until they have drained.
@@ -133,15 +150,35 @@ impl BlkBackend {
             return;
         }
         let Some(permit) = vring.enter() else { return };
-        let map = GuestMap::new(self.memory.memory().into_inner());
+        let Some(memory) = self.lock_memory().clone() else { return };
+        let map = GuestMap::new(memory);
         let features = self.features.load(Ordering::SeqCst);
         let indirect = has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
         log::debug!("queue {thread} runs: {:x?}", permit.setup);
         let heritage = self.heritage(thread, permit.setup.size);
         match queue::run(&self.context, &permit, &map, indirect, heritage) {
             Ok(()) => log::debug!("queue {thread} is at rest"),
-            Err(error) => log::error!("queue {thread} stopped: {error}"),
+            Err(error) => {
+                log::error!("queue {thread} stopped: {error}");
+                if matches!(error, QueueError::MemoryGone) {
+                    ring_eventfd(&self.memory_gone);
+                }
+            }
         }
+    }
+
+    /// Guest memory, as the queues may use it.
+    fn lock_memory(&self) -> std::sync::MutexGuard<'_, Option<Arc<GuardedMemory>>> {
+        self.memory.lock().expect("no panic while held")
+    }
+
+    /// Takes new memory for the old. No queue runs meanwhile, and none starts if it is refused.
+    fn take_memory(&self, memory: Arc<GuestMemoryMmap<()>>) -> io::Result<()> {
+        // The old guards go first: the same region may be in both.
+        *self.lock_memory() = None;
+        memory.iter().try_for_each(check_region)?;
+        *self.lock_memory() = Some(GuardedMemory::new(memory)?);
+        Ok(())
     }
 }
 
@@ -166,15 +203,18 @@ impl InflightMessages for BlkBackend {
     }
 }
 
-/// Refuses a memory region that its file does not hold.
+/// Refuses a memory region that its file does not hold, or whose file lets a process decide when a
+/// page of it can be touched (FUSE): it could keep a queue for ever.
 fn check_region(region: &GuestRegionMmap<()>) -> io::Result<()> {
+    let refused = |what: String| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     let Some(place) = region.file_offset() else { return Ok(()) };
     let file = place.file().metadata()?;
     let end = place.start().checked_add(region.len());
     if file.is_file() && end.is_none_or(|end| end > file.len()) {
-        let what = format!("memory region of {} bytes is longer than its file", region.len());
-        log::error!("front end: {what}");
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        return refused(format!("{} bytes, which is longer than its file", region.len()));
+    }
+    if fstatfs(place.file())?.f_type == FUSE_MAGIC {
+        return refused("its file is on FUSE".into());
     }
     Ok(())
 }
@@ -238,9 +278,9 @@ impl VhostUserBackend for BlkBackend {
 
     fn update_memory(&self, memory: SharedMemory) -> io::Result<()> {
         // The rings have resolved their addresses in the old memory: let them do it again.
-        self.at_rest(|| {});
-        // An access past the end of the file behind a region would kill us (SIGBUS).
-        memory.memory().iter().try_for_each(check_region)
+        let mut result = Ok(());
+        self.at_rest(|| result = self.take_memory(memory.memory().into_inner()));
+        result.inspect_err(|error| log::error!("front end: memory region: {error}"))
     }
 
     fn set_backend_req_fd(&self, channel: Backend) {

@@ -197,8 +197,8 @@ impl Export {
         let log_limit = LogLimit::default();
         let context = QueueContext { image, device, poll_limit, register_memory, log_limit };
         let memory = SharedMemory::new(GuestMemoryMmap::new());
-        let backend =
-            Arc::new(BlkBackend::new(context, Arc::clone(&self.recovery), memory.clone()));
+        let backend = BlkBackend::new(context, Arc::clone(&self.recovery));
+        let backend = Arc::new(backend.map_err(failed("cannot set up the connection"))?);
         let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)
             .map_err(|error| ExportError::Framework(error.to_string()))?;
         let ours = match connect_framework(&mut daemon) {
@@ -210,7 +210,13 @@ impl Export {
                 return Err(error);
             }
         };
-        let end = interposer::pass(front, &ours, self.stop.event.as_fd(), &*backend);
+        let end = interposer::pass(
+            front,
+            &ours,
+            self.stop.event.as_fd(),
+            backend.memory_gone(),
+            &*backend,
+        );
         // The framework ends with its socket, but not before it has worked off what it got: then
         // nothing changes the rings any more, and they can be stopped for good.
         drop(ours);
@@ -276,6 +282,7 @@ fn name_of(end: End) -> &'static str {
     match end {
         End::FrontEnd => "the front end",
         End::Framework => "a message that was not accepted",
+        End::MemoryGone => "guest memory that the front end took away",
         End::Stopped => "a stop",
     }
 }

@@ -66,6 +66,8 @@ pub enum End {
     FrontEnd,
     /// The framework closed its side: it did not accept a message.
     Framework,
+    /// The front end took guest memory away.
+    MemoryGone,
     /// We were told to stop.
     Stopped,
 }
@@ -91,8 +93,8 @@ pub trait InflightMessages {
     fn ring_starts(&self) -> Result<(), RecoveryError>;
 }
 
-/// Passes messages between `front` and `framework` until one of them hangs up or `stop` becomes
-/// readable.
+/// Passes messages between `front` and `framework` until one of them hangs up, or `stop` or
+/// `memory_gone` becomes readable.
 ///
 /// # Errors
 /// If waiting or passing on fails; the connection is of no use then.
@@ -100,6 +102,7 @@ pub fn pass(
     front: &UnixStream,
     framework: &UnixStream,
     stop: BorrowedFd<'_>,
+    memory_gone: BorrowedFd<'_>,
     device: &impl InflightMessages,
 ) -> io::Result<End> {
     loop {
@@ -107,14 +110,19 @@ pub fn pass(
             PollFd::new(front, PollFlags::IN),
             PollFd::new(framework, PollFlags::IN),
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
+            PollFd::from_borrowed_fd(memory_gone, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
-        let [front_ready, framework_ready, stopped] = fds.map(|fd| !fd.revents().is_empty());
+        let [front_ready, framework_ready, stopped, memory_gone] =
+            fds.map(|fd| !fd.revents().is_empty());
         if stopped {
             return Ok(End::Stopped);
+        }
+        if memory_gone {
+            return Ok(End::MemoryGone);
         }
         // Answers first: the framework's last words must reach the front end.
         if framework_ready

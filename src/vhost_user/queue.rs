@@ -49,6 +49,9 @@ pub enum QueueError {
     /// io_uring failed.
     #[error("io_uring: {0}")]
     Io(#[from] io::Error),
+    /// The front end has cut a file of its memory: what was read of it cannot be relied on.
+    #[error("the front end took guest memory away")]
+    MemoryGone,
 }
 
 /// What all queues of a connection share.
@@ -230,7 +233,10 @@ impl Worker<'_> {
                     Err(error) => failure = Some(error.into()),
                 }
             }
-            if self.virtqueue.publish() {
+            if self.source.map.has_lost_pages() {
+                // Before anything is published that was done with zeros for the guest's data.
+                failure = Some(QueueError::MemoryGone);
+            } else if self.virtqueue.publish() {
                 self.permit.control().call();
             }
             if stopping

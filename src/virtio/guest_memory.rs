@@ -4,6 +4,10 @@
 //! out keeps the map. There is never a Rust reference to guest memory: the guest writes it whenever
 //! it likes. Ring words are accessed as atomics, everything else is copied.
 //!
+//! The front end can also take pages away, by cutting the files behind them. To the kernel that is
+//! an error of the I/O; for our own accesses [`GuardedMemory`] puts zeros in their place, and
+//! whoever acts on what it has read asks [`GuestMap::has_lost_pages`] before.
+//!
 //! Not here: what the bytes mean (`ring`, `chain`).
 #![expect(
     unsafe_code,
@@ -11,14 +15,21 @@
 )]
 
 use std::any::Any;
+use std::cell::Cell;
+use std::io;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use rustix::fs::fstatfs;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use crate::storage::buffer::{Purpose, Segment, SegmentSink, prefetch};
+use crate::storage::fault_guard::{self, FaultGuard};
+
+/// File system type of huge pages (statfs(2), `HUGETLBFS_MAGIC`).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// A guest address (or a range from it) that no memory region holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -41,20 +52,58 @@ struct Region {
     host: NonNull<u8>,
 }
 
+/// A guest's memory, of which pages may go missing without ending the process.
+#[derive(Debug)]
+pub struct GuardedMemory {
+    /// One for each region. Before the memory: they are dropped while it is still mapped.
+    guards: Vec<FaultGuard>,
+    /// Keeps the regions mapped.
+    memory: Arc<GuestMemoryMmap<()>>,
+}
+
+impl GuardedMemory {
+    /// Guards all of `memory`.
+    ///
+    /// # Errors
+    /// If there are more regions than [`FaultGuard`] can take, or the host does not tell about a
+    /// region's file.
+    pub fn new(memory: Arc<GuestMemoryMmap<()>>) -> io::Result<Arc<Self>> {
+        let guards = memory.iter().map(guard).collect::<io::Result<_>>()?;
+        Ok(Arc::new(Self { guards, memory }))
+    }
+}
+
+/// Guards one region.
+fn guard(region: &GuestRegionMmap<()>) -> io::Result<FaultGuard> {
+    // On hugetlbfs, a "block" is a page (statfs(2)).
+    let page_size = match region.file_offset().map(|place| fstatfs(place.file())).transpose()? {
+        Some(place) if place.f_type == HUGETLBFS_MAGIC => usize::try_from(place.f_bsize),
+        _ => Ok(rustix::param::page_size()),
+    };
+    let page_size = page_size.map_err(io::Error::other)?;
+    let start = region.as_ptr().addr();
+    let end = usize::try_from(region.len()).ok().and_then(|len| start.checked_add(len));
+    let end = end.and_then(|end| end.checked_next_multiple_of(page_size));
+    FaultGuard::new(start..end.ok_or(io::ErrorKind::InvalidInput)?, page_size)
+}
+
 /// A guest's memory as one thread sees it.
 #[derive(Debug)]
 pub struct GuestMap {
     /// Regions by ascending guest address; they do not overlap.
     regions: Vec<Region>,
-    /// Keeps the regions mapped.
-    _memory: Arc<GuestMemoryMmap<()>>,
+    /// Pages that were missing anywhere when it was last seen that none of ours is.
+    missing: Cell<usize>,
+    /// Keeps the regions mapped and guarded.
+    memory: Arc<GuardedMemory>,
 }
 
 impl GuestMap {
     /// The map of `memory`.
     #[must_use]
-    pub fn new(memory: Arc<GuestMemoryMmap<()>>) -> Rc<Self> {
+    pub fn new(memory: Arc<GuardedMemory>) -> Rc<Self> {
         let mut regions: Vec<Region> = memory
+            .memory
             .iter()
             .filter_map(|region| {
                 let host = NonNull::new(region.as_ptr())?;
@@ -62,7 +111,22 @@ impl GuestMap {
             })
             .collect();
         regions.sort_by_key(|region| region.start);
-        Rc::new(Self { regions, _memory: memory })
+        Rc::new(Self { regions, missing: Cell::new(0), memory })
+    }
+
+    /// Whether a page was missing when somebody touched it here: zeros are in its place since.
+    /// Costs one load while nothing is missing anywhere.
+    #[must_use]
+    pub fn has_lost_pages(&self) -> bool {
+        let missing = fault_guard::missing_pages();
+        if missing == self.missing.get() {
+            return false;
+        }
+        let lost = self.memory.guards.iter().any(FaultGuard::has_faulted);
+        if !lost {
+            self.missing.set(missing);
+        }
+        lost
     }
 
     /// The contiguous memory from `address` on, at most `len` bytes of it.
@@ -75,7 +139,7 @@ impl GuestMap {
         let len = usize::try_from(len.min(left)).ok()?;
         // SAFETY: `offset` is less than the region's length, so the result lies inside the mapping.
         let host = unsafe { region.host.add(offset) };
-        // SAFETY: `len` bytes from there lie inside the region, which `_memory` keeps mapped
+        // SAFETY: `len` bytes from there lie inside the region, which `memory` keeps mapped
         // readable and writable (the front end's regions are mapped PROT_READ|PROT_WRITE); whoever
         // takes the segment takes this map as its owner (see `push_segments` and `RingArea`).
         Some(unsafe { Segment::new(host, len) })
@@ -236,7 +300,7 @@ mod tests {
         let ranges = [(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)];
         let ranges = ranges.map(|(start, len)| (GuestAddress(start), len));
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        (Arc::clone(&memory), GuestMap::new(memory))
+        (Arc::clone(&memory), GuestMap::new(GuardedMemory::new(memory).unwrap()))
     }
 
     #[test]

@@ -103,6 +103,17 @@ impl Memory {
         self.regions[2].info()
     }
 
+    /// A region like [`Memory::extra`], of 32 MiB of another file.
+    pub fn extra_on(&self, file: &File) -> VhostUserMemoryRegionInfo {
+        let mmap_handle = file.as_raw_fd();
+        VhostUserMemoryRegionInfo { mmap_handle, mmap_offset: 0, ..self.extra() }
+    }
+
+    /// Takes the pages of a region away. Touching them here would end the test.
+    pub fn cut(&self, region: usize) {
+        self.regions[region].file.set_len(0).expect("cut the memory file");
+    }
+
     /// The user address of a guest-physical one, as the messages about rings want it.
     pub fn user(&self, gpa: u64) -> u64 {
         let home = |region: &&Region| (region.gpa..region.gpa + REGION).contains(&gpa);

@@ -19,7 +19,7 @@ use addcow::storage::buffer::IoMemory;
 use addcow::virtio::chain::{self, Chain};
 use addcow::virtio::config::DeviceConfig;
 use addcow::virtio::device::{BlockDevice, DeviceState};
-use addcow::virtio::guest_memory::GuestMap;
+use addcow::virtio::guest_memory::{GuardedMemory, GuestMap};
 use addcow::virtio::ring::{RingSetup, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -87,7 +87,7 @@ impl Queue {
     pub fn new() -> Self {
         let ranges = [(GuestAddress(0), 4 << 20)];
         let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
-        let map = GuestMap::new(Arc::clone(&memory));
+        let map = GuestMap::new(GuardedMemory::new(Arc::clone(&memory)).expect("guards"));
         let owner = map.owner();
         let setup = RingSetup {
             size: RING,
