@@ -57,6 +57,7 @@ use std::sync::Arc;
 
 use crate::format::BitmapGeometry;
 use crate::storage::Storage;
+use crate::storage::budget::MemoryBudget;
 use crate::units::{ByteRange, ClusterSize, SECTOR_SIZE};
 use allocation::AllocationMap;
 use chain::Chain;
@@ -84,7 +85,13 @@ pub struct ImageState {
     locks: ClusterLocks,
     /// Flushes, one at a time.
     barrier: FlushBarrier,
+    /// Memory for what writes leave out of new clusters.
+    fills: MemoryBudget,
 }
+
+/// Bytes of clusters that requests of all queues fill in at the same time: 4 of the largest requests
+/// (two clusters of 2 MiB), 128 with clusters of 64 KiB.
+const FILL_BUDGET: u32 = 16 << 20;
 
 impl ImageState {
     /// The state of an add-cow disk.
@@ -104,6 +111,7 @@ impl ImageState {
             allocation,
             locks: ClusterLocks::default(),
             barrier: FlushBarrier::default(),
+            fills: MemoryBudget::new(FILL_BUDGET),
         }
     }
 
@@ -120,6 +128,7 @@ impl ImageState {
             allocation: AllocationMap::all(),
             locks: ClusterLocks::default(),
             barrier: FlushBarrier::default(),
+            fills: MemoryBudget::new(FILL_BUDGET),
         }
     }
 

@@ -68,8 +68,17 @@ impl<S: Storage> Image<S> {
         let tail = ByteRange::between(range.end(), covered.end());
         let head = if seeded::bug(Bug::HeadNotCopied) { ByteRange::EMPTY } else { head };
         let tail = if seeded::bug(Bug::TailNotCopied) { ByteRange::EMPTY } else { tail };
-        let head = self.fill(clusters.start, head).await?;
-        let tail = self.fill(clusters.end - 1, tail).await?;
+        let head = self.to_fill(clusters.start, head);
+        let tail = self.to_fill(clusters.end - 1, tail);
+        // With the clusters locked, and at once for both: nobody waits for a lock or for more of
+        // this memory while holding some of it.
+        let len = head.len() + tail.len();
+        let _lease = match usize::try_from(len).unwrap_or(usize::MAX) {
+            0 => None,
+            len => Some(self.state.fills.lease(len).await),
+        };
+        let head = self.fill(head).await?;
+        let tail = self.fill(tail).await?;
         let start = range.start() - head.as_ref().map_or(0, |head| head.len() as u64);
         let parts: Vec<IoBuffer> = head.into_iter().chain([data]).chain(tail).collect();
         let whole = IoBuffer::concat(&parts);
@@ -90,10 +99,16 @@ impl<S: Storage> Image<S> {
         self.state.allocation.mark(clusters);
     }
 
-    /// What the disk shows at `range`, a part of `cluster` that a write leaves out; `None` if there
-    /// is nothing to fill. The cluster is locked, so what it finds stays true.
-    async fn fill(&self, cluster: u64, range: ByteRange) -> Result<Option<IoBuffer>, ImageError> {
-        if range.is_empty() || self.state.allocation.is_allocated(cluster..cluster + 1) {
+    /// What has to be filled of `range`, a part of `cluster` that a write leaves out: nothing if the
+    /// cluster is in the raw image. It is locked, so that stays true.
+    fn to_fill(&self, cluster: u64, range: ByteRange) -> ByteRange {
+        let is_there = self.state.allocation.is_allocated(cluster..cluster + 1);
+        if is_there { ByteRange::EMPTY } else { range }
+    }
+
+    /// What the disk shows at `range`, less than a cluster; `None` if it is empty.
+    async fn fill(&self, range: ByteRange) -> Result<Option<IoBuffer>, ImageError> {
+        if range.is_empty() {
             return Ok(None);
         }
         // At most one cluster: 2 MiB.

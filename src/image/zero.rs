@@ -46,8 +46,8 @@ impl<S: Storage> Image<S> {
             ExtentKind::Data => self.zero_raw(range, mode).await,
             ExtentKind::Zero => Ok(()),
             ExtentKind::Backing => {
-                // Less than a cluster: 2 MiB.
-                let zeros = IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX));
+                // Less than a cluster: 2 MiB, hence 512 segments.
+                let zeros = IoBuffer::zeros(usize::try_from(range.len()).unwrap_or(usize::MAX));
                 self.write(range.start(), zeros).await
             }
         }

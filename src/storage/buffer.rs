@@ -262,6 +262,15 @@ impl IoBuffer {
         Self::new(Rc::new(memory))
     }
 
+    /// `len` zero bytes to be written somewhere, page aligned. They take one page however many they
+    /// are; so writing *to* them would show in all places at once.
+    #[must_use]
+    pub fn zeros(len: usize) -> Self {
+        let page = Self::zeroed(PAGE_SIZE);
+        let parts = (0..len).step_by(PAGE_SIZE).map(|at| page.slice(0, PAGE_SIZE.min(len - at)));
+        Self::concat(&parts.collect::<Vec<_>>())
+    }
+
     /// A page-aligned copy of `bytes`.
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Self {
@@ -273,7 +282,9 @@ impl IoBuffer {
     /// The given windows, one after the other, as one.
     #[must_use]
     pub fn concat(parts: &[Self]) -> Self {
-        let owner: Vec<Rc<IoMemory>> = parts.iter().map(|part| Rc::clone(&part.memory)).collect();
+        let mut owner: Vec<Rc<IoMemory>> =
+            parts.iter().map(|part| Rc::clone(&part.memory)).collect();
+        owner.dedup_by(|a, b| Rc::ptr_eq(a, b));
         let mut memory = IoMemory::default();
         let Ok(()) = memory.refill(Rc::new(owner), |sink| {
             parts.iter().flat_map(Self::segments).for_each(|segment| sink.push(segment));
@@ -560,6 +571,10 @@ mod tests {
 
     #[test]
     fn zeros_are_told_from_data_at_every_place() {
+        let zeros = IoBuffer::zeros(2 * PAGE_SIZE + 512);
+        assert_eq!((zeros.len(), zeros.segments().count()), (2 * PAGE_SIZE + 512, 3));
+        assert!(zeros.is_aligned(512) && zeros.to_vec().iter().all(|byte| *byte == 0));
+        assert!(IoBuffer::zeros(0).is_empty());
         let joined = IoBuffer::concat(&[IoBuffer::zeroed(100), IoBuffer::zeroed(64)]);
         assert!(joined.is_zero() && joined.slice(7, 0).is_zero());
         for at in 0..joined.len() {

@@ -22,6 +22,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use rustix::time::{ClockId, clock_gettime};
+use zerocopy::FromZeros;
 
 use super::IoBuffer;
 use super::buffer::Segment;
@@ -99,7 +100,9 @@ impl Mapping {
         }
         let start = NonNull::new(pointer.cast::<u8>()).ok_or(io::ErrorKind::AddrNotAvailable)?;
         let kind = if in_memory { Kind::InMemory } else { Kind::PageCache };
-        let blocks = (0..len.div_ceil(BLOCK)).map(|_| AtomicU8::new(0)).collect();
+        // Takes memory only as far as it is used.
+        let blocks = FromZeros::new_box_zeroed_with_elems(len.div_ceil(BLOCK))
+            .map_err(|_| io::ErrorKind::OutOfMemory)?;
         let mut mapping = Self { start, len, mapped_len, guard: None, kind, writable, blocks };
         let range = start.as_ptr().addr()..start.as_ptr().addr() + mapped_len;
         mapping.guard = Some(FaultGuard::new(range, page)?);
@@ -139,7 +142,8 @@ impl Mapping {
 
     /// Gives the page tables back. What is used again is found again, a little slower.
     pub fn release(&self) {
-        for block in &self.blocks {
+        // Blocks that were never looked at have no memory yet, and reading gives them none.
+        for block in self.blocks.iter().filter(|block| block.load(Ordering::Relaxed) != 0) {
             block.store(0, Ordering::Relaxed);
         }
         // SAFETY: the range is this mapping; it is shared with the file, so no byte is lost.

@@ -8,6 +8,7 @@
 //! Not here: which file holds what, and in which order files are synced. That is the business of
 //! `image`, and the order is its promise.
 
+pub mod budget;
 pub mod buffer;
 pub mod fault_guard;
 pub mod file;
@@ -24,6 +25,7 @@ pub mod uring;
 use std::io;
 
 use crate::units::ByteRange;
+use budget::MemoryBudget;
 pub use buffer::IoBuffer;
 
 /// How memory, file offset and length must be aligned for a transfer.
@@ -101,6 +103,12 @@ pub trait Storage {
 
     /// The alignment that transfers must keep.
     fn alignment(&self) -> Alignment;
+
+    /// The memory for bounce buffers, if it is bounded. A lease is held while transfers of this
+    /// storage run, and for nothing else.
+    fn bounce_budget(&self) -> Option<&MemoryBudget> {
+        None
+    }
 
     /// The first range at or after `offset` that may hold other bytes than zeros, or `None` if
     /// there is no such byte up to the end of the file. Engines that cannot tell name everything.

@@ -7,13 +7,18 @@
 
 use std::io;
 
+use tokio::sync::SemaphorePermit;
+
 use super::buffer::PAGE_SIZE;
 use super::{IoBuffer, Storage, ZeroMode};
 use crate::units::ByteRange;
 
-/// The largest bounce buffer, and the largest buffer of zeros, in bytes. It bounds the memory of a
-/// request that does not fit the file's alignment; larger ones go in pieces.
-const BOUNCE_LEN: usize = 1 << 20;
+/// The most bytes that go through a bounce buffer at once; larger transfers go in pieces. With
+/// [`Storage::bounce_budget`] it bounds the memory of requests that do not fit the file's alignment.
+const BOUNCE_LEN: usize = 128 << 10;
+
+/// The most zeros that are written at once, in bytes.
+const ZEROS_LEN: usize = 1 << 20;
 
 /// How often in a row an interrupted call is made again before the interruption is an error: far
 /// more than a signal or a full queue explains, and an end to a host that never says anything else.
@@ -48,6 +53,14 @@ fn is_aligned<S: Storage>(storage: &S, offset: u64, buffer: &IoBuffer) -> bool {
     offset.is_multiple_of(rule.offset)
         && (buffer.len() as u64).is_multiple_of(rule.offset)
         && buffer.is_aligned(rule.memory)
+}
+
+/// Memory for a bounce buffer, to be held while it is in use.
+async fn lease<S: Storage>(storage: &S, bytes: usize) -> Option<SemaphorePermit<'_>> {
+    match storage.bounce_budget() {
+        Some(budget) => Some(budget.lease(bytes).await),
+        None => None,
+    }
 }
 
 /// Reads an unaligned buffer, piece by piece.
@@ -122,6 +135,7 @@ async fn write_in_bounces<S: Storage>(
     let mut done = 0;
     while done < buffer.len() {
         let part = buffer.slice(done, (buffer.len() - done).min(BOUNCE_LEN));
+        let _lease = lease(storage, part.len()).await;
         let bounce = IoBuffer::zeroed(part.len());
         bounce.copy_from_buffer(&part);
         let offset = offset + done as u64;
@@ -152,8 +166,7 @@ pub async fn write_zeroes<S: Storage>(
             result => return result,
         }
     }
-    let zeros =
-        IoBuffer::zeroed(usize::try_from(range.len()).unwrap_or(usize::MAX).min(BOUNCE_LEN));
+    let zeros = IoBuffer::zeros(usize::try_from(range.len()).unwrap_or(usize::MAX).min(ZEROS_LEN));
     let mut offset = range.start();
     while offset < range.end() {
         let left = usize::try_from(range.end() - offset).unwrap_or(usize::MAX);
@@ -248,7 +261,9 @@ async fn read_on<S: Storage>(
 async fn read_bounced<S: Storage>(storage: &S, offset: u64, part: &IoBuffer) -> io::Result<usize> {
     let unit = PAGE_SIZE as u64;
     let lead = usize::try_from(offset % unit).map_err(io::Error::other)?;
-    let bounce = IoBuffer::zeroed((lead + part.len()).next_multiple_of(PAGE_SIZE));
+    let len = (lead + part.len()).next_multiple_of(PAGE_SIZE);
+    let _lease = lease(storage, len).await;
+    let bounce = IoBuffer::zeroed(len);
     let start = offset - lead as u64;
     let first = storage.read(start, bounce.clone()).await;
     let got = read_on(storage, start, &bounce, first).await?;

@@ -24,6 +24,7 @@ use std::task::{Context, Poll, Waker};
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
+use super::budget::MemoryBudget;
 use super::buffer::Segment;
 use super::file::fallocate_flags;
 use super::host_file::HostFile;
@@ -37,6 +38,18 @@ const RING_ENTRIES: u32 = 256;
 
 /// Files that a ring can register; a disk has three. Further ones work too, a little slower.
 const MAX_FILES: u32 = 16;
+
+/// Bytes of bounce buffers that the requests of one ring share: 32 small ones or 8 large ones at a
+/// time (`transfer::BOUNCE_LEN`).
+const BOUNCE_BUDGET: u32 = 1 << 20;
+
+/// Slots that keep the memory of their segment list for the next operation, and entries of such a
+/// list: as many requests as a queue carries out at once, with as many segments as drivers use. What
+/// is beyond is allocated for each operation, so the lists keep at most 256 * 130 * 16 = 520 KiB.
+const KEPT_LISTS: usize = 256;
+
+/// See [`KEPT_LISTS`].
+const KEPT_SEGMENTS: usize = 130;
 
 /// The most bytes of one piece of registered memory: the kernel's limit.
 const MAX_REGISTERED: usize = 1 << 30;
@@ -55,7 +68,8 @@ struct InFlight {
     buffer: Option<IoBuffer>,
     /// Keeps the file open.
     file: Option<Arc<HostFile>>,
-    /// The segment list of a vectored transfer. Kept across uses, so that it is allocated once.
+    /// The segment list of a vectored transfer. A short one is kept across uses, so that it is
+    /// allocated once.
     iovecs: Vec<libc::iovec>,
     /// What has happened so far.
     state: OpState,
@@ -108,6 +122,8 @@ struct Inner {
 pub struct Ring {
     /// Everything; never borrowed across a call of anything foreign.
     inner: RefCell<Inner>,
+    /// Memory for requests that do not fit a file's alignment.
+    bounces: MemoryBudget,
 }
 
 impl std::fmt::Debug for Ring {
@@ -148,7 +164,8 @@ impl Ring {
             memory_owner: None,
             files: Vec::new(),
         };
-        Ok(Rc::new(Self { inner: RefCell::new(inner) }))
+        let bounces = MemoryBudget::new(BOUNCE_BUDGET);
+        Ok(Rc::new(Self { inner: RefCell::new(inner), bounces }))
     }
 
     /// Storage on `file` whose I/O goes through this ring.
@@ -346,12 +363,15 @@ impl Inner {
         })
     }
 
-    /// Gives a slot back; its segment list keeps its memory for the next one.
+    /// Gives a slot back.
     fn release(&mut self, index: usize) {
         let slot = &mut self.slots[index];
         slot.buffer = None;
         slot.file = None;
         slot.state = OpState::Free;
+        if index >= KEPT_LISTS || slot.iovecs.capacity() > KEPT_SEGMENTS {
+            slot.iovecs = Vec::new();
+        }
         self.free.push(index);
     }
 
@@ -585,6 +605,10 @@ impl Storage for UringStorage {
 
     fn alignment(&self) -> Alignment {
         self.file.alignment()
+    }
+
+    fn bounce_budget(&self) -> Option<&MemoryBudget> {
+        Some(&self.ring.bounces)
     }
 
     fn next_data(&self, offset: u64) -> io::Result<Option<ByteRange>> {

@@ -306,6 +306,11 @@ impl Daemon {
         self.child.try_wait().expect("wait for the daemon").is_none()
     }
 
+    /// Its process number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// How many files it has open.
     pub fn open_files(&self) -> usize {
         let dir = format!("/proc/{}/fd", self.child.id());
