@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::format::FormatError;
 use crate::format::qcow2::Qcow2Error;
 use crate::format::qed::QedError;
+use crate::storage::name_policy::NameError;
 use crate::units::ByteRange;
 
 /// Which of an image's files an error is about.
@@ -98,6 +99,16 @@ pub enum OpenError {
         path: PathBuf,
         /// What the host said.
         source: io::Error,
+    },
+    /// A name that a file holds is not followed.
+    #[error("cannot use {role} '{}'", path.display())]
+    Name {
+        /// In which role the file would have been.
+        role: FileRole,
+        /// The name.
+        path: PathBuf,
+        /// The rule against it.
+        source: NameError,
     },
     /// The add-cow file is not a valid one.
     #[error("'{}' is not a usable add-cow file", path.display())]

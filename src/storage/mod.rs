@@ -14,6 +14,7 @@ pub mod file;
 pub mod host_file;
 pub mod lock;
 pub mod mapping;
+pub mod name_policy;
 pub mod new_file;
 pub mod shared_memory;
 pub mod sim;
