@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use crate::format::FormatError;
 use crate::format::qcow2::Qcow2Error;
 use crate::format::qed::QedError;
+use crate::storage::lock_holder::LockHolder;
 use crate::storage::name_policy::NameError;
 use crate::units::ByteRange;
 
@@ -67,6 +68,11 @@ pub enum ImageError {
         /// What the host said.
         source: io::Error,
     },
+}
+
+/// Who uses a file, as part of a sentence.
+fn who(holder: Option<&LockHolder>) -> String {
+    holder.map_or_else(String::new, |holder| format!(" ({holder})"))
 }
 
 /// Where an error happened, as part of a sentence.
@@ -132,12 +138,14 @@ pub enum OpenError {
         needed: u64,
     },
     /// A file is in use elsewhere, in a way that does not go together with ours.
-    #[error("{role} '{}' is in use by another process", path.display())]
+    #[error("{role} '{}' is in use by another process{}", path.display(), who(holder.as_ref()))]
     InUse {
         /// Which file.
         role: FileRole,
         /// Its name.
         path: PathBuf,
+        /// By whom, where that can be found out.
+        holder: Option<LockHolder>,
     },
     /// A file is in a format that we cannot use in this role.
     #[error(

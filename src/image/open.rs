@@ -202,7 +202,9 @@ pub(crate) fn lock_for(
 /// Locks one file of a disk for as long as it is open.
 pub(crate) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
     file.lock(usage).map_err(|error| match error {
-        LockError::InUse => OpenError::InUse { role, path: file.path().to_owned() },
+        LockError::InUse { holder } => {
+            OpenError::InUse { role, path: file.path().to_owned(), holder }
+        }
         LockError::Host(source) => io_error("lock", role, file.path())(source),
     })
 }

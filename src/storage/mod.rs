@@ -13,6 +13,7 @@ pub mod fault_guard;
 pub mod file;
 pub mod host_file;
 pub mod lock;
+pub mod lock_holder;
 pub mod mapping;
 pub mod name_policy;
 pub mod new_file;
