@@ -139,7 +139,8 @@ impl ClusterSize {
         index.saturating_mul(self.bytes())
     }
 
-    /// The clusters that `range` touches, as first and one past the last index.
+    /// The clusters that `range` touches, as first and one past the last index; of a range of no
+    /// byte the cluster that it lies in, unless it lies between two.
     #[must_use]
     pub fn touched(self, range: ByteRange) -> std::ops::Range<u64> {
         self.index(range.start())..self.count(range.end())

@@ -12,10 +12,12 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
+use common::TIMEOUT;
 use common::disk::{DAEMON, Daemon, Disk, Shape, TOOL, run_to_end};
 use common::guest::Setup;
+use common::score::score;
 
 /// The words of every refusal of ours.
 const IN_USE: &str = "is in use by another process";
@@ -201,52 +203,70 @@ fn refused_lock_leaves_nothing_behind() {
     reader.stop();
 }
 
-/// A qemu-io that has a raw image open until it goes out of scope.
-struct QemuIo {
-    /// The process, below one that ends it should it hang; it ends when its standard input does.
+/// A program of QEMU that has a raw image open until it goes out of scope.
+struct Qemu {
+    /// The process.
     child: Child,
 }
 
-impl QemuIo {
-    /// Opens `file` in the disk's folder, for reading only if `options` say so, and waits until
-    /// that is done.
-    fn open(disk: &Disk, options: &[&str], file: &str) -> Self {
-        let mut command = Command::new("timeout");
-        command
-            .args(["60", "qemu-io", "-f", "raw"])
-            .args(options)
-            .arg(file)
-            .current_dir(disk.path(""));
+impl Qemu {
+    /// Opens `file` in the disk's folder with qemu-io, for reading only if `options` say so, and
+    /// waits until that is done.
+    fn io(disk: &Disk, options: &[&str], file: &str) -> Self {
+        let mut command = Command::new("qemu-io");
+        command.args(["-f", "raw"]).args(options).arg(file).current_dir(disk.path(""));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut child = command.spawn().expect("start qemu-io");
-        let input = child.stdin.as_mut().expect("its input");
+        let mut opened = Self { child: command.spawn().expect("start qemu-io") };
+        let input = opened.child.stdin.as_mut().expect("its input");
         writeln!(input, "length").expect("a command");
         let mut answer = String::new();
-        let mut output = BufReader::new(child.stdout.as_mut().expect("its output"));
+        let mut output = BufReader::new(opened.child.stdout.as_mut().expect("its output"));
         while !answer.contains("iB") {
             let got = output.read_line(&mut answer).expect("an answer");
             assert!(got > 0, "qemu-io ended: {answer}");
         }
-        Self { child }
+        opened
+    }
+
+    /// Exports `file` in the disk's folder with qemu-storage-daemon, and waits until that is done.
+    fn export(disk: &Disk, writable: bool, file: &str) -> Self {
+        let (read_only, writable) = if writable { ("off", "on") } else { ("on", "off") };
+        let node = format!("driver=file,node-name=file,filename={file},read-only={read_only}");
+        let export = format!(
+            "type=vhost-user-blk,id=export,node-name=file,writable={writable},addr.type=unix,\
+             addr.path=exported"
+        );
+        let mut command = Command::new("qemu-storage-daemon");
+        command.args(["--blockdev", &node, "--export", &export]).current_dir(disk.path(""));
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let mut exported = Self { child: command.spawn().expect("start qemu-storage-daemon") };
+        let end = Instant::now() + TIMEOUT;
+        while !disk.path("exported").exists() {
+            let ended = exported.child.try_wait().expect("its state");
+            assert!(ended.is_none() && Instant::now() < end, "no export: {ended:?}");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        exported
     }
 }
 
-impl Drop for QemuIo {
+impl Drop for Qemu {
     fn drop(&mut self) {
-        drop(self.child.stdin.take());
+        let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
 /// Whether QEMU's tools are there; says so if not.
 fn have_qemu(test: &str) -> bool {
-    let have = |program| Command::new(program).arg("--version").output().is_ok();
-    let both = have("qemu-img") && have("qemu-io");
-    if !both {
+    let have = |program: &&str| Command::new(program).arg("--version").output().is_ok();
+    let all = ["qemu-img", "qemu-io", "qemu-storage-daemon"].iter().all(have);
+    if !all {
+        assert!(std::env::var_os("ADDCOW_NEED_QEMU").is_none(), "{test}: no tools of QEMU");
         // Past the capture of the test harness, so that it is seen.
-        writeln!(std::io::stderr(), "SKIPPED {test}: no qemu-img").expect("standard error");
+        writeln!(std::io::stderr(), "SKIPPED {test}: no tools of QEMU").expect("standard error");
     }
-    both
+    all
 }
 
 #[test]
@@ -276,14 +296,162 @@ fn disk_that_qemu_uses_is_left_alone() {
     }
     let disk = Disk::small();
     for file in ["disk.raw", "disk.add-cow", "base.img"] {
-        let writer = QemuIo::open(&disk, &[], file);
+        let writer = Qemu::io(&disk, &[], file);
         refused(&disk, DAEMON, &daemon_on("disk.add-cow"), IN_USE);
         refused(&disk, TOOL, &["map", "disk.add-cow"], IN_USE);
         succeeds(&disk, TOOL, &["map", "-U", "disk.add-cow"]);
         drop(writer);
         // One that only reads forbids nobody to write, so it does not stop us.
-        let _reader = QemuIo::open(&disk, &["-r"], file);
+        let _reader = Qemu::io(&disk, &["-r"], file);
         succeeds(&disk, TOOL, &["map", "disk.add-cow"]);
         started(disk.serve(&[])).stop();
     }
+}
+
+/// How a disk in use is come upon: who uses it, or under which name it is opened a second time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// addcowd has it; the same name.
+    Ours,
+    /// addcowd has it; another add-cow file over the same raw image.
+    OtherSide,
+    /// addcowd has it; a hard link of the raw image.
+    HardLink,
+    /// addcowd has it; a symbolic link to the add-cow file.
+    SoftLink,
+    /// qemu-io has the raw image.
+    QemuIo,
+    /// qemu-storage-daemon has the raw image.
+    QemuStorageDaemon,
+}
+
+/// Who uses the disk.
+enum Holder {
+    /// addcowd.
+    Daemon(Daemon),
+    /// A program of QEMU.
+    Qemu(Qemu),
+}
+
+impl Holder {
+    /// Starts it.
+    fn start(disk: &Disk, way: Way, writable: bool) -> Self {
+        let read_only: &[&str] = if writable { &[] } else { &["-r"] };
+        match way {
+            Way::QemuIo => Self::Qemu(Qemu::io(disk, read_only, "disk.raw")),
+            Way::QemuStorageDaemon => Self::Qemu(Qemu::export(disk, writable, "disk.raw")),
+            _ => Self::Daemon(started(disk.serve(read_only))),
+        }
+    }
+
+    /// What is said about it: its name, cut as the kernel does, and its number.
+    fn words(&self) -> String {
+        let pid = match self {
+            Self::Daemon(daemon) => daemon.pid(),
+            Self::Qemu(qemu) => qemu.child.id(),
+        };
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).expect("its name");
+        format!("{IN_USE} ({}, PID {pid})", name.trim_end())
+    }
+}
+
+impl Way {
+    /// All of them.
+    const ALL: [Self; 6] = [
+        Self::Ours,
+        Self::OtherSide,
+        Self::HardLink,
+        Self::SoftLink,
+        Self::QemuIo,
+        Self::QemuStorageDaemon,
+    ];
+
+    /// What the second one opens, and its format.
+    fn contender(self) -> (&'static str, &'static str) {
+        match self {
+            Self::OtherSide => ("other.add-cow", "add-cow"),
+            Self::HardLink => ("hard.raw", "raw"),
+            Self::SoftLink => ("soft.add-cow", "add-cow"),
+            Self::Ours | Self::QemuIo | Self::QemuStorageDaemon => ("disk.add-cow", "add-cow"),
+        }
+    }
+
+    /// Whether addcowd has the disk.
+    fn is_ours(self) -> bool {
+        !matches!(self, Self::QemuIo | Self::QemuStorageDaemon)
+    }
+}
+
+/// A disk with all the names that the matrix uses.
+fn many_names() -> Disk {
+    let disk = Disk::small();
+    let other = ["create", "-q", "-i", "disk.raw", "-b", "base.img", "-F", "raw", "other.add-cow"];
+    succeeds(&disk, TOOL, &other);
+    std::fs::hard_link(disk.path("disk.raw"), disk.path("hard.raw")).expect("a link");
+    std::os::unix::fs::symlink("disk.add-cow", disk.path("soft.add-cow")).expect("a link");
+    disk
+}
+
+/// One case of the matrix. Returns how many programs were refused.
+fn matrix_case(way: Way, writable: bool, killed: bool, slowest: &mut Duration) -> u64 {
+    let disk = many_names();
+    let holder = Holder::start(&disk, way, writable);
+    let words = holder.words();
+    // Both kinds of holders are killed when they are dropped.
+    let holder = (!killed).then_some(holder);
+    let (name, format) = way.contender();
+    let writer = ["--format", format, "--blk-file", name, "--socket-path", "other"];
+    let reader = ["map", "-f", format, name];
+    let mut count = 0;
+    let mut refuse = |program: &str, args: &[&str], words: &str| {
+        let begin = Instant::now();
+        refused(&disk, program, args, words);
+        *slowest = begin.elapsed().max(*slowest);
+        count += 1;
+    };
+    // Who reads with a tool of QEMU does not mind others who write.
+    let bears_writers = killed || (!writable && !way.is_ours());
+    let bears_readers = killed || !writable;
+    if !bears_readers {
+        refuse(TOOL, &reader, &words);
+    }
+    if !bears_writers {
+        refuse(DAEMON, &writer, &words);
+        for file in ["disk.raw", "hard.raw"] {
+            let write = ["-f", "raw", "-c", "write 0 4k", file];
+            // It has the file for itself, or bears others as they bear it.
+            if way.is_ours() {
+                refuse("qemu-io", &write, QEMU_IN_USE);
+            }
+        }
+        assert!(!disk.path("other").exists(), "a socket of a daemon that was refused");
+    }
+    if bears_readers {
+        succeeds(&disk, TOOL, &reader);
+    }
+    if bears_writers {
+        let mut daemon = Daemon::spawn(&disk.path(""), &writer, None);
+        daemon.socket = disk.path("other");
+        drop(started(daemon));
+    }
+    drop(holder);
+    count
+}
+
+#[test]
+fn whoever_comes_second_is_refused_before_a_byte_changes() {
+    if !have_qemu("whoever_comes_second_is_refused_before_a_byte_changes") {
+        return;
+    }
+    let (mut cases, mut refusals, mut slowest) = (0, 0, Duration::ZERO);
+    for way in Way::ALL {
+        for (writable, killed) in [(true, false), (true, true), (false, false), (false, true)] {
+            refusals += matrix_case(way, writable, killed, &mut slowest);
+            cases += 1;
+        }
+    }
+    assert_eq!((cases, refusals), (24, 32));
+    let slowest = u64::try_from(slowest.as_millis()).expect("a short time");
+    let figures = [("cases", cases), ("refusals", refusals)];
+    score("locks", &[&figures[..], &[("slowest_refusal_ms", slowest)]].concat());
 }

@@ -11,6 +11,7 @@ mod shell;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use regex_lite::Regex;
 use serde_json::Value;
 use shell::{command, golden_folder, have, run_script, wait};
 
@@ -23,6 +24,9 @@ fn run_case(case: &Path) -> String {
     let (printed, status) = run_script(&script, &work, &parent.path().join("output"));
     // Where the case ran is another place every time.
     let printed = printed.replace(&*parent.path().to_string_lossy(), "TMP");
+    // And so is who had the disk in use.
+    let pid = Regex::new(r"PID \d+").unwrap();
+    let printed = pid.replace_all(&printed, "PID N");
     format!("{printed}# ended with {status}\n")
 }
 

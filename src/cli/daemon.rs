@@ -26,6 +26,7 @@ use crate::vhost_user::export::{Endpoint, Export, ExportError, StopHandle, Tunin
 use crate::virtio::config::DeviceConfig;
 
 use super::Outcome;
+use super::names::NameArguments;
 
 /// The program's name in messages.
 const PROGRAM: &str = "addcowd";
@@ -125,6 +126,9 @@ struct Arguments {
     /// Cache mode of the backing file.
     #[arg(long, value_name = "MODE", value_enum, default_value = "buffered")]
     backing_cache: BackingCache,
+    /// Where names inside the disk's files may lead.
+    #[command(flatten)]
+    names: NameArguments,
 }
 
 /// Checks a serial.
@@ -176,6 +180,7 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Opens the disk and serves it until told to stop.
 fn serve(arguments: &Arguments) -> Outcome {
+    arguments.names.install()?;
     let image = open_image(arguments)?;
     if !arguments.no_mapping {
         image.map_files();

@@ -8,6 +8,7 @@
 
 pub mod daemon;
 pub mod manual;
+mod names;
 pub mod output;
 pub mod progress;
 pub mod size;

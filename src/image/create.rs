@@ -16,7 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::chain::{self, ChainOptions, Layer, OpenChain};
-use super::open::{check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_file};
+use super::open::{
+    check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_unlocked,
+};
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
 use crate::format::bitmap::MAX_VIRTUAL_SIZE;
@@ -24,7 +26,8 @@ use crate::format::{BitmapGeometry, FileReference, FormatError, Header, encode_w
 use crate::image::allocation::AllocationMap;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
-use crate::storage::lock::{Locking, Usage};
+use crate::storage::lock::Usage;
+use crate::storage::name_policy::Named;
 use crate::storage::new_file::NewFile;
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ClusterSize, SECTOR_SIZE};
@@ -245,8 +248,8 @@ impl<'a> Plan<'a> {
                     return Ok(MadeImage { file: Arc::clone(image), undo: Undo::Nothing });
                 }
                 // Locked already, through the other open file.
-                let access = (Access::ReadWrite, CacheMode::Buffered);
-                let file = open_file(FileRole::Raw, path, access.0, access.1, Locking::Off)?;
+                let (role, access) = (FileRole::Raw, Access::ReadWrite);
+                let file = open_unlocked(role, path, Named::Operator, access, CacheMode::Buffered)?;
                 MadeImage { file, undo: Undo::SetLen { from: size, to: len } }
             }
             None => {

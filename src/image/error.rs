@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use crate::format::FormatError;
 use crate::format::qcow2::Qcow2Error;
 use crate::format::qed::QedError;
+use crate::storage::lock_holder::LockHolder;
+use crate::storage::name_policy::NameError;
 use crate::units::ByteRange;
 
 /// Which of an image's files an error is about.
@@ -68,6 +70,11 @@ pub enum ImageError {
     },
 }
 
+/// Who uses a file, as part of a sentence.
+fn who(holder: Option<&LockHolder>) -> String {
+    holder.map_or_else(String::new, |holder| format!(" ({holder})"))
+}
+
 /// Where an error happened, as part of a sentence.
 fn place(range: ByteRange) -> String {
     if range.is_empty() { String::new() } else { format!(" at {range:?}") }
@@ -99,6 +106,16 @@ pub enum OpenError {
         /// What the host said.
         source: io::Error,
     },
+    /// A name that a file holds is not followed.
+    #[error("cannot use {role} '{}'", path.display())]
+    Name {
+        /// In which role the file would have been.
+        role: FileRole,
+        /// The name.
+        path: PathBuf,
+        /// The rule against it.
+        source: NameError,
+    },
     /// The add-cow file is not a valid one.
     #[error("'{}' is not a usable add-cow file", path.display())]
     Format {
@@ -121,12 +138,14 @@ pub enum OpenError {
         needed: u64,
     },
     /// A file is in use elsewhere, in a way that does not go together with ours.
-    #[error("{role} '{}' is in use by another process", path.display())]
+    #[error("{role} '{}' is in use by another process{}", path.display(), who(holder.as_ref()))]
     InUse {
         /// Which file.
         role: FileRole,
         /// Its name.
         path: PathBuf,
+        /// By whom, where that can be found out.
+        holder: Option<LockHolder>,
     },
     /// A file is in a format that we cannot use in this role.
     #[error(

@@ -20,6 +20,7 @@ use crate::format::{BitmapGeometry, Header};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
 use crate::storage::lock::Locking;
+use crate::storage::name_policy::Named;
 
 /// How the two files of a disk are opened. The add-cow file always goes through the page cache.
 #[derive(Debug, Clone, Copy)]
@@ -70,20 +71,22 @@ impl DiskFiles {
     /// # Errors
     /// An [`OpenError`] that names the file. Nothing has been changed.
     pub fn open(path: &Path, access: DiskAccess) -> Result<Self, OpenError> {
-        Self::open_checked(path, access, |_, _| Ok(()))
+        Self::open_checked(path, Named::Operator, access, |_, _| Ok(()))
     }
 
-    /// The same; `check` may refuse each of the files after it was opened, before it is locked: a
-    /// file that this process has locked already would refuse itself with another message.
+    /// The same for an add-cow file that `named` has named; `check` may refuse each of the files
+    /// after it was opened, before it is locked: a file that this process has locked already would
+    /// refuse itself with another message.
     ///
     /// # Errors
     /// As [`DiskFiles::open`], or what `check` returned.
-    pub(super) fn open_checked(
+    pub(crate) fn open_checked(
         path: &Path,
+        named: Named<'_>,
         access: DiskAccess,
         mut check: impl FnMut(FileRole, &HostFile) -> Result<(), OpenError>,
     ) -> Result<Self, OpenError> {
-        let side = open_unlocked(FileRole::Side, path, access.side, CacheMode::Buffered)?;
+        let side = open_unlocked(FileRole::Side, path, named, access.side, CacheMode::Buffered)?;
         check(FileRole::Side, &side)?;
         // Before anything is read from it.
         lock_for(FileRole::Side, &side, access.side, access.locking)?;
@@ -95,7 +98,8 @@ impl DiskFiles {
         let header = block_on(load::header(&storage)).map_err(|e| load_error(path, e))?;
         let folder = folder_of(path);
         let raw_path = check_raw(FileRole::Raw, &header.image, folder)?;
-        let raw = open_unlocked(FileRole::Raw, &raw_path, access.raw, access.cache)?;
+        let named = Named::InFolder(folder);
+        let raw = open_unlocked(FileRole::Raw, &raw_path, named, access.raw, access.cache)?;
         check(FileRole::Raw, &raw)?;
         check_distinct(FileRole::Raw, &raw, FileRole::Side, &side)?;
         lock_for(FileRole::Raw, &raw, access.raw, access.locking)?;
@@ -132,8 +136,9 @@ impl DiskFiles {
     ) -> Result<Option<OpenChain>, OpenError> {
         let own: [(FileRole, &HostFile); 2] =
             [(FileRole::Side, &self.side), (FileRole::Raw, &self.raw)];
+        let options = ChainOptions { cache, locking: self.locking };
         let folder = folder_of(self.side.path());
-        OpenChain::below(header, folder, ChainOptions { cache, locking: self.locking }, &own)
+        OpenChain::below(header, folder, Named::InFolder(folder), options, &own)
     }
 
     /// Which clusters are in the raw image. Reads the bitmap, unless the header says that all are.

@@ -1,8 +1,9 @@
 //! Opening a disk by name: which files belong to it, whether they may, and how they are cached.
 //!
 //! File names inside a header are somebody else's words (P6): they are plain paths (checked by
-//! `format`), relative to the folder of the add-cow file, and the format of a file is what the
-//! header says, never what its content looks like. Files are told apart by (device, inode), so
+//! `format`), relative to the folder of the add-cow file, followed only where the policy for such
+//! names lets them lead (`storage/name_policy.rs`), and the format of a file is what the header
+//! says, never what its content looks like. Files are told apart by (device, inode), so
 //! that a hard or symbolic link does not pass for another file.
 //!
 //! Every file is locked before anything is read from it (P8), unless that was turned off: what was
@@ -25,6 +26,7 @@ use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
 use crate::storage::lock::{LockError, Locking, Usage};
 use crate::storage::mapping::Mapping;
+use crate::storage::name_policy::{NameError, NamePolicy, Named};
 use crate::units::SECTOR_SIZE;
 
 /// The only format of raw images.
@@ -108,11 +110,21 @@ impl OpenImage {
 /// # Errors
 /// An [`OpenError`] that names the file. Nothing has been changed.
 pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let access = options.access();
-    let disk = DiskFiles::open(
-        path,
-        DiskAccess { side: access, raw: access, cache: options.cache, locking: options.locking },
-    )?;
+    add_cow_named(path, Named::Operator, options)
+}
+
+/// The same for a disk that `named` has named.
+///
+/// # Errors
+/// As [`add_cow`].
+pub(crate) fn add_cow_named(
+    path: &Path,
+    named: Named<'_>,
+    options: OpenOptions,
+) -> Result<OpenImage, OpenError> {
+    let OpenOptions { cache, locking, .. } = options;
+    let access = DiskAccess { side: options.access(), raw: options.access(), cache, locking };
+    let disk = DiskFiles::open_checked(path, named, access, |_, _| Ok(()))?;
     let backing = disk.open_backing(options.backing_cache)?;
     let backing_len = backing.as_ref().map_or(0, OpenChain::virtual_size);
     let allocation = disk.allocation()?;
@@ -131,7 +143,8 @@ pub fn add_cow(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError
 /// # Errors
 /// As [`add_cow`].
 pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
-    let raw = open_file(FileRole::Raw, path, options.access(), options.cache, options.locking)?;
+    let raw = open_unlocked(FileRole::Raw, path, Named::Operator, options.access(), options.cache)?;
+    lock_for(FileRole::Raw, &raw, options.access(), options.locking)?;
     let state = Arc::new(ImageState::raw(sectors_of(&raw)?, options.writable));
     Ok(OpenImage { state, raw, side: None, backing: None, header: None })
 }
@@ -141,8 +154,9 @@ pub fn raw(path: &Path, options: OpenOptions) -> Result<OpenImage, OpenError> {
 /// # Errors
 /// As [`add_cow`].
 pub fn header(path: &Path) -> Result<Header, OpenError> {
-    let access = (Access::ReadOnly, CacheMode::Buffered);
-    let side = open_file(FileRole::Side, path, access.0, access.1, Locking::On)?;
+    let (role, access) = (FileRole::Side, Access::ReadOnly);
+    let side = open_unlocked(role, path, Named::Operator, access, CacheMode::Buffered)?;
+    lock_for(role, &side, access, Locking::On)?;
     block_on(load::header(&FileStorage::new(side))).map_err(|e| load_error(path, e))
 }
 
@@ -152,29 +166,23 @@ pub fn folder_of(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new(""))
 }
 
-/// Opens one file of a disk, and locks it for that access.
-pub(super) fn open_file(
-    role: FileRole,
-    path: &Path,
-    access: Access,
-    cache: CacheMode,
-    locking: Locking,
-) -> Result<Arc<HostFile>, OpenError> {
-    let file = open_unlocked(role, path, access, cache)?;
-    lock_for(role, &file, access, locking)?;
-    Ok(file)
-}
-
 /// Opens one file of a disk, which the caller locks once it knows that it has not done so through
 /// another open file: the two would refuse each other.
 pub(crate) fn open_unlocked(
     role: FileRole,
     path: &Path,
+    named: Named<'_>,
     access: Access,
     cache: CacheMode,
 ) -> Result<Arc<HostFile>, OpenError> {
-    let file = HostFile::open(path, access, cache).map_err(io_error("open", role, path))?;
-    Ok(Arc::new(file))
+    let file = match named {
+        Named::Operator => HostFile::open(path, access, cache).map_err(NameError::Host),
+        Named::InFolder(folder) => NamePolicy::of_process().open(path, folder, access, cache),
+    };
+    file.map(Arc::new).map_err(|error| match error {
+        NameError::Host(source) => io_error("open", role, path)(source),
+        source => OpenError::Name { role, path: path.to_owned(), source },
+    })
 }
 
 /// Locks one file of a disk for that access, unless locking is off.
@@ -194,7 +202,9 @@ pub(crate) fn lock_for(
 /// Locks one file of a disk for as long as it is open.
 pub(crate) fn lock_file(role: FileRole, file: &HostFile, usage: Usage) -> Result<(), OpenError> {
     file.lock(usage).map_err(|error| match error {
-        LockError::InUse => OpenError::InUse { role, path: file.path().to_owned() },
+        LockError::InUse { holder } => {
+            OpenError::InUse { role, path: file.path().to_owned(), holder }
+        }
         LockError::Host(source) => io_error("lock", role, file.path())(source),
     })
 }

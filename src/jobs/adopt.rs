@@ -42,6 +42,7 @@ use crate::jobs::qcow2::walk::{WalkError, states};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile};
 use crate::storage::lock::Locking;
+use crate::storage::name_policy::Named;
 use crate::storage::new_file::{NewFile, check_target};
 use crate::units::{ClusterSize, SECTOR_SIZE};
 
@@ -127,8 +128,9 @@ impl Source {
         let (path, new) = (&options.qcow2, &options.new);
         check_target(new, options.force)
             .map_err(|error| new_file_error(FileRole::Side, new, error))?;
-        let qcow2 = open_unlocked(FileRole::Disk, path, Access::ReadOnly, CacheMode::Buffered)?;
-        lock_for(FileRole::Disk, &qcow2, Access::ReadOnly, Locking::On)?;
+        let (role, access) = (FileRole::Disk, Access::ReadOnly);
+        let qcow2 = open_unlocked(role, path, Named::Operator, access, CacheMode::Buffered)?;
+        lock_for(role, &qcow2, access, Locking::On)?;
         let header = qcow2::header(&qcow2).map_err(io_error("read", FileRole::Disk, path))?;
         let header = header.map_err(|source| OpenError::Qcow2 { path: path.clone(), source })?;
         check_kind(options, &header)?;
@@ -139,7 +141,9 @@ impl Source {
         let new_header = new_header(options, &header, &data)?;
         let own = [(FileRole::Disk, &*qcow2), (FileRole::Data, &*data)];
         // By the new names, which must lead to the same file.
-        let backing = OpenChain::below(&new_header, folder_of(new), ChainOptions::BUFFERED, &own)?;
+        let (folder, options) = (folder_of(new), ChainOptions::BUFFERED);
+        let named = Named::InFolder(folder);
+        let backing = OpenChain::below(&new_header, folder, named, options, &own)?;
         let layers = backing.iter().flat_map(OpenChain::layers).flat_map(|layer| layer.files());
         let others = own.into_iter().chain(layers.map(|file| (FileRole::Backing, &**file)));
         let replaced = check_new(new, others)?;
@@ -188,18 +192,20 @@ fn check_kind(options: &AdoptOptions, header: &Qcow2Header) -> Result<(), JobErr
 /// looks for it in its working directory; where that finds another file, nobody knows which of the
 /// two the disk is, and the person must say.
 fn open_data(options: &AdoptOptions, header: &Qcow2Header) -> Result<Arc<HostFile>, JobError> {
-    let open =
-        |path: &Path| open_unlocked(FileRole::Data, path, Access::ReadWrite, CacheMode::Buffered);
+    let open = |path: &Path, named, access| {
+        open_unlocked(FileRole::Data, path, named, access, CacheMode::Buffered)
+    };
     if let Some(path) = &options.data_file {
-        return Ok(open(path)?);
+        return Ok(open(path, Named::Operator, Access::ReadWrite)?);
     }
     let advice = "--data-file FILE says which file it is";
     let Some(name) = header.external_data().ok().flatten() else {
         return Err(refused(options, &format!("it does not name its data file ({advice})")));
     };
-    let (path, here): (_, &Path) = (name.resolve(folder_of(&options.qcow2)), name.as_ref());
-    let other = HostFile::open(here, Access::ReadOnly, CacheMode::Buffered).ok();
-    let (found, other) = match (open(&path), other) {
+    let folder = folder_of(&options.qcow2);
+    let (path, here): (_, &Path) = (name.resolve(folder), name.as_ref());
+    let other = open(here, Named::InFolder(Path::new("")), Access::ReadOnly).ok();
+    let (found, other) = match (open(&path, Named::InFolder(folder), Access::ReadWrite), other) {
         (Err(OpenError::Io { source, .. }), Some(_))
             if source.kind() == io::ErrorKind::NotFound =>
         {

@@ -19,7 +19,7 @@ use crate::image::chain::open::resolve;
 use crate::image::chain::{Chain, ChainLayer, ClusterMap, DiskFormat};
 use crate::image::inspect::{DiskAccess, DiskFiles};
 use crate::image::open::{
-    OpenImage, OpenOptions, add_cow, check_distinct, folder_of, lock_for, open_unlocked,
+    OpenImage, OpenOptions, add_cow_named, check_distinct, folder_of, lock_for, open_unlocked,
 };
 use crate::image::{FileRole, Image, ImageError, OpenError, session};
 use crate::jobs::copy::{Pace, Piece, Pieces};
@@ -32,6 +32,7 @@ use crate::seeded::{self, Bug};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode};
 use crate::storage::lock::Locking;
+use crate::storage::name_policy::Named;
 use crate::storage::{IoBuffer, Storage, sparse, transfer};
 use crate::units::ByteRange;
 
@@ -118,6 +119,7 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
     // use.
     drop(disk.open_backing(CacheMode::Buffered)?);
     let (base_path, format) = resolve(reference, folder_of(path))?;
+    let named = Named::InFolder(folder_of(path));
     let size = disk.geometry.virtual_size();
     let cluster_size = disk.geometry.cluster_size();
     let map = ClusterMap { cluster_size, allocation: disk.allocation()? };
@@ -126,14 +128,14 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
     let pace = Pace::default();
     match format {
         DiskFormat::Raw => {
-            let base = open_raw_base(&base_path, &disk)?;
+            let base = open_raw_base(&base_path, named, &disk)?;
             block_on(async {
                 grow(&base, size).await?;
                 commit(&chain, &Base::Raw(&base), pace, progress).await
             })?;
         }
         DiskFormat::AddCow => {
-            let base = open_add_cow_base(&base_path, &disk)?;
+            let base = open_add_cow_base(&base_path, named, &disk)?;
             let base = base.handle(FileStorage::new);
             block_on(commit(&chain, &Base::AddCow(&base), pace, progress))?;
         }
@@ -149,8 +151,12 @@ pub fn commit_disk(path: &Path, keep: bool, progress: &impl Progress) -> Result<
 }
 
 /// Opens an add-cow base for writing, and makes it at least as long as the disk.
-fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobError> {
-    let base = DiskFiles::open(path, DiskAccess::WRITE)?;
+fn open_add_cow_base(
+    path: &Path,
+    named: Named<'_>,
+    disk: &DiskFiles,
+) -> Result<OpenImage, JobError> {
+    let base = DiskFiles::open_checked(path, named, DiskAccess::WRITE, |_, _| Ok(()))?;
     let size = disk.geometry.virtual_size();
     if base.geometry.virtual_size() < size {
         let cluster_size = base.geometry.cluster_size();
@@ -167,14 +173,16 @@ fn open_add_cow_base(path: &Path, disk: &DiskFiles) -> Result<OpenImage, JobErro
     }
     // It refuses to be opened a second time while it is locked.
     drop(base);
-    let base = add_cow(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
+    let options = OpenOptions { writable: true, ..OpenOptions::READ_ONLY };
+    let base = add_cow_named(path, named, options)?;
     base.side.as_ref().map_or(Ok(()), session::renew_in)?;
     Ok(base)
 }
 
 /// Opens a raw base for writing.
-fn open_raw_base(path: &Path, disk: &DiskFiles) -> Result<FileStorage, JobError> {
-    let base = open_unlocked(FileRole::Backing, path, Access::ReadWrite, CacheMode::Buffered)?;
+fn open_raw_base(path: &Path, named: Named<'_>, disk: &DiskFiles) -> Result<FileStorage, JobError> {
+    let (role, access) = (FileRole::Backing, Access::ReadWrite);
+    let base = open_unlocked(role, path, named, access, CacheMode::Buffered)?;
     // Before it is locked: a file that is locked already would refuse itself in other words.
     check_distinct(FileRole::Backing, &base, FileRole::Side, &disk.side)?;
     check_distinct(FileRole::Backing, &base, FileRole::Raw, &disk.raw)?;

@@ -26,6 +26,7 @@ use crate::jobs::{JobError, Progress};
 use crate::seeded::{self, Bug};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
+use crate::storage::name_policy::Named;
 use crate::storage::{IoBuffer, Storage};
 use crate::units::ByteRange;
 
@@ -98,7 +99,8 @@ fn open_new(
     let own: [(FileRole, &HostFile); 2] =
         [(FileRole::Side, &disk.side), (FileRole::Raw, &disk.raw)];
     let folder = folder_of(disk.side.path());
-    Ok(OpenChain::below(&header, folder, ChainOptions::BUFFERED, &own)?)
+    let (named, options) = (Named::Operator, ChainOptions::BUFFERED);
+    Ok(OpenChain::below(&header, folder, named, options, &own)?)
 }
 
 /// Refuses a backing file that is one of the disk's own files, or in a format that could not be

@@ -71,19 +71,13 @@ pub struct HostFile {
 }
 
 impl HostFile {
-    /// Opens `path`.
+    /// Opens `path`, wherever it leads: a name that the command line has, not one out of a file
+    /// (`name_policy`).
     ///
     /// # Errors
     /// `InvalidInput` if it is neither a regular file nor a block device; else what the host said.
     pub fn open(path: &Path, access: Access, cache: CacheMode) -> io::Result<Self> {
-        let mode = match access {
-            Access::ReadOnly => OFlags::RDONLY,
-            Access::ReadWrite => OFlags::RDWR,
-        };
-        // O_NONBLOCK: opening a FIFO must not wait for its other end. O_NOCTTY: nor may a
-        // terminal become ours.
-        let flags = mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        Self::from_file(File::from(open(path, flags, Mode::empty())?), path, cache)
+        Self::from_file(File::from(open(path, flags_of(access), Mode::empty())?), path, cache)
     }
 
     /// Makes a new, empty regular file at `path`, readable and writable for whom the umask lets.
@@ -271,6 +265,17 @@ pub fn sync_folder(path: &Path) -> io::Result<()> {
     }
 }
 
+/// The flags to open a file with, whose type is not known yet.
+pub(super) fn flags_of(access: Access) -> OFlags {
+    let mode = match access {
+        Access::ReadOnly => OFlags::RDONLY,
+        Access::ReadWrite => OFlags::RDWR,
+    };
+    // O_NONBLOCK: opening a FIFO must not wait for its other end. O_NOCTTY: nor may a terminal
+    // become ours.
+    mode | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY
+}
+
 /// Sets O_DIRECT and O_NONBLOCK as suits the file; returns the alignment that follows.
 fn set_flags(file: &File, cache: CacheMode, in_memory: bool) -> io::Result<Alignment> {
     let mut flags = fcntl_getfl(file)? - OFlags::DIRECT - OFlags::NONBLOCK;
@@ -315,7 +320,7 @@ fn direct_alignment(file: &File) -> io::Result<Option<Alignment>> {
 }
 
 /// The message for a file of the wrong type.
-fn wrong_type(found: FileType) -> &'static str {
+pub(super) fn wrong_type(found: FileType) -> &'static str {
     match found {
         FileType::Directory => "is a directory, not a regular file or block device",
         FileType::Fifo => "is a FIFO, not a regular file or block device",

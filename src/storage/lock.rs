@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::lock_holder::{self, LockHolder};
+
 /// Permission number: reads, and needs what it reads to make sense.
 const CONSISTENT_READ: i64 = 0;
 /// Permission number: writes.
@@ -90,7 +92,10 @@ pub enum Locking {
 pub enum LockError {
     /// Another program uses it in a way that does not go together with ours.
     #[error("in use by another process")]
-    InUse,
+    InUse {
+        /// Which one, where that can be found out.
+        holder: Option<LockHolder>,
+    },
     /// The host cannot lock it.
     #[error(transparent)]
     Host(#[from] io::Error),
@@ -109,8 +114,12 @@ pub(super) fn lock(file: &File, usage: Usage) -> Result<(), LockError> {
         }
         // Also before another try: whoever comes meanwhile must not be refused by one who waits.
         release(file, usage);
-        if !matches!(result, Err(LockError::InUse)) || start.elapsed() >= PATIENCE {
+        if !matches!(result, Err(LockError::InUse { .. })) {
             return result;
+        }
+        if start.elapsed() >= PATIENCE {
+            let bytes: Vec<i64> = usage.contradicting_bytes().collect();
+            return Err(LockError::InUse { holder: lock_holder::find(file, &bytes) });
         }
         // Of two that keep refusing each other one is to get through.
         std::thread::sleep(Duration::from_millis(fastrand::u64(5..15)));
@@ -132,13 +141,13 @@ fn take_and_compare(file: &File, usage: Usage) -> Result<(), LockError> {
         match set(file, libc::F_RDLCK, byte) {
             Ok(()) => {}
             // Somebody has a write lock, which no program of this protocol takes.
-            Err(Errno::EAGAIN | Errno::EACCES) => return Err(LockError::InUse),
+            Err(Errno::EAGAIN | Errno::EACCES) => return Err(LockError::InUse { holder: None }),
             Err(error) => return Err(io::Error::from(error).into()),
         }
     }
     for byte in usage.contradicting_bytes() {
         if is_locked_by_others(file, byte).map_err(io::Error::from)? {
-            return Err(LockError::InUse);
+            return Err(LockError::InUse { holder: None });
         }
     }
     Ok(())
@@ -193,7 +202,7 @@ mod tests {
         let other = open(file.path(), Access::ReadWrite);
         let refused = match other.lock(second) {
             Ok(()) => false,
-            Err(LockError::InUse) => true,
+            Err(LockError::InUse { .. }) => true,
             Err(LockError::Host(error)) => panic!("{error}"),
         };
         drop(holder);
@@ -222,7 +231,7 @@ mod tests {
         let holder = open(&name, Access::ReadWrite);
         holder.lock(Usage::Write).unwrap();
         let other = open(&link, Access::ReadOnly);
-        assert!(matches!(other.lock(Usage::Read), Err(LockError::InUse)));
+        assert!(matches!(other.lock(Usage::Read), Err(LockError::InUse { .. })));
     }
 
     #[test]

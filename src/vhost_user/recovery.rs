@@ -365,3 +365,69 @@ fn boot_id() -> io::Result<[u64; 2]> {
     };
     Ok([parse(digits.get(..16))?, parse(digits.get(16..32))?])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every size of every number of queues, for disks of no cluster, few, and too many: the parts
+    /// of a region follow one another, each at the start of a cache line, and nothing overflows.
+    #[test]
+    fn the_parts_of_every_region_have_room_and_do_not_overlap() {
+        let clusters = [0, 1, 63, 64, 65, 511, 512, 513, 1 << 32, (1 << 54) - 1, 1 << 63, u64::MAX];
+        for size in (0..=15).map(|bits| 1_u16 << bits) {
+            for queues in (0..=64).chain([1000, u16::MAX]) {
+                for clusters in clusters {
+                    let layout = Layout::new(QueueShape { queues, size }, clusters).unwrap();
+                    let wide = |number: usize| u128::try_from(number).unwrap();
+                    let (entries, count) = (u128::from(size) + 1, u128::from(queues));
+                    let stride = entries.div_ceil(8) * 8;
+                    let bits = 512 + count * stride;
+                    let words = bits + u128::from(clusters).div_ceil(64);
+                    assert!(wide(HEADER_WORDS) <= wide(QUEUES_START));
+                    assert_eq!((wide(layout.stride), wide(layout.bits)), (stride, bits));
+                    assert_eq!(wide(layout.words), words);
+                    assert_eq!(u128::from(layout.bytes()), words * 8);
+                    // The last queue ends before the bits begin.
+                    let last = 512 + count.saturating_sub(1) * stride + entries;
+                    assert!(count == 0 || last <= bits, "{queues} queues of {size}");
+                }
+            }
+        }
+    }
+
+    /// A header is taken only if every word is the one that is wanted, and the reason that is given
+    /// is the first that is true.
+    #[test]
+    fn a_header_with_any_other_word_is_refused() {
+        let mut wanted: [u64; HEADER_WORDS] =
+            std::array::from_fn(|index| 0x0101_0101 * (index as u64 + 1));
+        wanted[0] = MAGIC;
+        wanted[HEADER_WORDS - 1] = checksum(&wanted);
+        assert!(check_header(&wanted, &wanted).is_ok());
+        for index in 0..HEADER_WORDS {
+            for other in (0..64).map(|bit| wanted[index] ^ (1 << bit)).chain([0, u64::MAX]) {
+                let mut found = wanted;
+                found[index] = other;
+                let damaged = check_header(&found, &wanted);
+                let said = |result: Result<(), RecoveryError>| result.unwrap_err().to_string();
+                let first = if index == 0 { "not one of this version" } else { "checksum" };
+                assert!(said(damaged).contains(first), "word {index} as {other:#x}");
+                // With a checksum that is right for it.
+                found[HEADER_WORDS - 1] = checksum(&found);
+                let why = match index {
+                    0 => "not one of this version",
+                    1..3 => "another boot",
+                    3..7 => "other files",
+                    7 => "changed without it",
+                    8..11 => "another shape",
+                    11 => "other queues",
+                    // The checksum itself: repaired.
+                    _ => continue,
+                };
+                let refused = said(check_header(&found, &wanted));
+                assert!(refused.contains(why), "word {index} as {other:#x}: {refused}");
+            }
+        }
+    }
+}

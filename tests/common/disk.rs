@@ -342,6 +342,11 @@ impl Daemon {
         fields.map(|field| field.parse::<u64>().expect("a number")).sum()
     }
 
+    /// Its process ID.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).expect("send a signal");

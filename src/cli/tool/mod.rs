@@ -35,6 +35,7 @@ use clap::{Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use super::Outcome;
 use super::manual;
+use super::names::NameArguments;
 use super::output::Output;
 use crate::image::OpenError;
 use crate::image::chain::DiskFormat;
@@ -56,6 +57,9 @@ struct Arguments {
     /// What to do.
     #[command(subcommand)]
     verb: Verb,
+    /// Where names inside the disks' files may lead
+    #[command(flatten)]
+    names: NameArguments,
 }
 
 /// What can be done.
@@ -153,6 +157,7 @@ pub fn command() -> Command {
 /// Runs the tool with the arguments of its process, the program's own name first.
 pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     super::run(command(), arguments, |arguments: Arguments| {
+        arguments.names.install()?;
         let advice = arguments.verb.advice_when_in_use();
         let outcome = match arguments.verb {
             Verb::Create(arguments) => create::run(arguments),

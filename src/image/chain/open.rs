@@ -24,6 +24,7 @@ use crate::storage::Alignment;
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, FileIdentity, HostFile};
 use crate::storage::lock::Locking;
+use crate::storage::name_policy::Named;
 
 /// How the files of a chain are opened; always for reading only.
 #[derive(Debug, Clone, Copy)]
@@ -45,7 +46,7 @@ impl OpenChain {
     /// # Errors
     /// An [`OpenError`] that names the file.
     pub fn open(path: &Path, format: DiskFormat, options: ChainOptions) -> Result<Self, OpenError> {
-        Opener::new(options, Vec::new(), 0).open(FileRole::Disk, path.to_owned(), format)
+        Opener::new(options, Vec::new(), 0).open(Next::asked(FileRole::Disk, path, format))
     }
 
     /// Opens the disk `path`, but not what it stands on: nothing shows through, and the backing
@@ -59,7 +60,7 @@ impl OpenChain {
         options: ChainOptions,
     ) -> Result<Self, OpenError> {
         let mut opener = Opener::new(options, Vec::new(), 0);
-        opener.layer(FileRole::Disk, path.to_owned(), format)?;
+        opener.layer(Next::asked(FileRole::Disk, path, format))?;
         Ok(Self { layers: opener.layers })
     }
 
@@ -72,24 +73,28 @@ impl OpenChain {
         format: DiskFormat,
         options: ChainOptions,
     ) -> Result<Self, OpenError> {
-        Opener::new(options, Vec::new(), 1).open(FileRole::Backing, path.to_owned(), format)
+        Opener::new(options, Vec::new(), 1).open(Next::asked(FileRole::Backing, path, format))
     }
 
     /// Opens what stands below an add-cow disk whose own files are `files`; `None` if it has no
-    /// backing file or does not need it.
+    /// backing file or does not need it. The name of the backing file is relative to `folder`, and
+    /// comes from whom `named` says.
     ///
     /// # Errors
     /// As [`OpenChain::open`].
     pub fn below(
         header: &Header,
         folder: &Path,
+        named: Named<'_>,
         options: ChainOptions,
         files: &[(FileRole, &HostFile)],
     ) -> Result<Option<Self>, OpenError> {
         let Some(reference) = needed_backing(header) else { return Ok(None) };
         let (path, format) = resolve(reference, folder)?;
+        let next =
+            Next { named_in: named.folder(), ..Next::asked(FileRole::Backing, &path, format) };
         let taken = files.iter().map(|(role, file)| Taken::new(*role, file)).collect();
-        Opener::new(options, taken, 1).open(FileRole::Backing, path, format).map(Some)
+        Opener::new(options, taken, 1).open(next).map(Some)
     }
 }
 
@@ -136,6 +141,31 @@ impl Taken {
     }
 }
 
+/// A file of a chain that is to be opened.
+#[derive(Debug)]
+struct Next {
+    /// As what.
+    role: FileRole,
+    /// Its name, as it is looked up.
+    path: PathBuf,
+    /// In which format it is.
+    format: DiskFormat,
+    /// The folder of the file that names it; `None` if a person did.
+    named_in: Option<PathBuf>,
+}
+
+impl Next {
+    /// A file that a person has named.
+    fn asked(role: FileRole, path: &Path, format: DiskFormat) -> Self {
+        Self { role, path: path.to_owned(), format, named_in: None }
+    }
+
+    /// Who has named it.
+    fn named(&self) -> Named<'_> {
+        self.named_in.as_deref().map_or(Named::Operator, Named::InFolder)
+    }
+}
+
 /// A chain being opened.
 #[derive(Debug)]
 struct Opener {
@@ -160,41 +190,35 @@ impl Opener {
     }
 
     /// Opens `path` and everything below it.
-    fn open(
-        mut self,
-        role: FileRole,
-        path: PathBuf,
-        format: DiskFormat,
-    ) -> Result<OpenChain, OpenError> {
-        let mut next = Some((role, path, format));
-        while let Some((role, path, format)) = next {
+    fn open(mut self, first: Next) -> Result<OpenChain, OpenError> {
+        let mut next = Some(first);
+        while let Some(file) = next {
             if self.above + self.layers.len() == MAX_LAYERS {
-                return Err(OpenError::ChainTooLong { path, max: MAX_LAYERS });
+                return Err(OpenError::ChainTooLong { path: file.path, max: MAX_LAYERS });
             }
-            let below = self.layer(role, path, format)?.resolve()?;
-            next = below.map(|(path, format)| (FileRole::Backing, path, format));
+            next = self.layer(file)?.resolve()?;
         }
         Ok(OpenChain { layers: self.layers })
     }
 
     /// Adds one layer. Returns what its header says is below.
-    fn layer(
-        &mut self,
-        role: FileRole,
-        path: PathBuf,
-        format: DiskFormat,
-    ) -> Result<Below, OpenError> {
-        match format {
-            DiskFormat::Raw => self.raw(role, path),
-            DiskFormat::AddCow => self.add_cow(role, path),
-            DiskFormat::Qcow2 => self.qcow2(role, path),
-            DiskFormat::Qed => self.qed(role, path),
+    fn layer(&mut self, file: Next) -> Result<Below, OpenError> {
+        match file.format {
+            DiskFormat::Raw => self.raw(file),
+            DiskFormat::AddCow => self.add_cow(file),
+            DiskFormat::Qcow2 => self.qcow2(file),
+            DiskFormat::Qed => self.qed(file),
         }
     }
 
     /// Opens one file, notes that it is used, and locks it.
-    fn open_file(&mut self, role: FileRole, path: &Path) -> Result<Arc<HostFile>, OpenError> {
-        let file = open_unlocked(role, path, Access::ReadOnly, self.options.cache)?;
+    fn open_file(
+        &mut self,
+        role: FileRole,
+        path: &Path,
+        named: Named<'_>,
+    ) -> Result<Arc<HostFile>, OpenError> {
+        let file = open_unlocked(role, path, named, Access::ReadOnly, self.options.cache)?;
         // Before it is locked: a file that comes twice would be in the way of itself.
         self.take(role, &file)?;
         lock_for(role, &file, Access::ReadOnly, self.options.locking)?;
@@ -202,8 +226,9 @@ impl Opener {
     }
 
     /// Adds a raw image. Nothing is below it.
-    fn raw(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let file = self.open_file(role, &path)?;
+    fn raw(&mut self, next: Next) -> Result<Below, OpenError> {
+        let file = self.open_file(next.role, &next.path, next.named())?;
+        let Next { role, path, .. } = next;
         let below = Below { path: path.clone(), backing: None };
         self.layers.push(Layer {
             role,
@@ -219,13 +244,15 @@ impl Opener {
     }
 
     /// Adds an add-cow disk.
-    fn add_cow(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
+    fn add_cow(&mut self, next: Next) -> Result<Below, OpenError> {
         let ChainOptions { cache, locking } = self.options;
+        let role = next.role;
         let access = DiskAccess { cache, locking, ..DiskAccess::READ };
-        let disk = DiskFiles::open_checked(&path, access, |file_role, file| {
+        let disk = DiskFiles::open_checked(&next.path, next.named(), access, |file_role, file| {
             let is_backing = file_role == FileRole::Side && role != FileRole::Disk;
             self.take(if is_backing { role } else { file_role }, file)
         })?;
+        let path = next.path;
         let backing = needed_backing(&disk.header).cloned();
         let backing = backing.map(|FileReference { name, format }| (name, Some(format)));
         let below = Below { path: path.clone(), backing };
@@ -250,24 +277,27 @@ impl Opener {
     }
 
     /// Adds a qcow2 file.
-    fn qcow2(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let file = self.open_file(role, &path)?;
+    fn qcow2(&mut self, next: Next) -> Result<Below, OpenError> {
+        let file = self.open_file(next.role, &next.path, next.named())?;
+        let Next { role, path, named_in, .. } = next;
         let refused = |source| OpenError::Qcow2 { path: path.clone(), source };
         let header = qcow2::header(&file).map_err(io_error("read", role, &path))?;
         let header = header.map_err(refused)?;
         let folder = folder_of(&path);
-        let mut files = vec![file];
+        let named = named_in.as_deref().map_or(Named::Operator, Named::InFolder);
+        let mut files = vec![(file, named)];
         if let Some(name) = header.external_data().map_err(refused)? {
-            files.push(self.open_file(FileRole::Data, &name.resolve(folder))?);
+            let named = Named::InFolder(folder);
+            files.push((self.open_file(FileRole::Data, &name.resolve(folder), named)?, named));
         }
         let backing = header.backing.clone().map(|Backing { name, format }| (name, format));
         let below = Below { path: path.clone(), backing };
-        let table = self.qcow2_table(&files, &header).map_err(io_error("read", role, &path))?;
+        let table = self.qcow2_table(role, &files, &header)?;
         self.layers.push(Layer {
             role,
             format: DiskFormat::Qcow2,
             virtual_size: header.virtual_size(),
-            files,
+            files: files.into_iter().map(|(file, _)| file).collect(),
             side: None,
             details: LayerDetails::Qcow2(Box::new(header)),
             map: LayerMap::Qcow2(Arc::new(table)),
@@ -277,8 +307,9 @@ impl Opener {
     }
 
     /// Adds a QED file. Only of a raw backing file it says what it is.
-    fn qed(&mut self, role: FileRole, path: PathBuf) -> Result<Below, OpenError> {
-        let file = self.open_file(role, &path)?;
+    fn qed(&mut self, next: Next) -> Result<Below, OpenError> {
+        let file = self.open_file(next.role, &next.path, next.named())?;
+        let Next { role, path, .. } = next;
         let refused = |source| OpenError::Qed { path: path.clone(), source };
         let opened = qed::header(&file).map_err(io_error("read", role, &path))?;
         let opened = opened.map_err(refused)?;
@@ -303,22 +334,30 @@ impl Opener {
     }
 
     /// Makes the table of a qcow2 file, and the thread that looks things up in it.
-    fn qcow2_table(&mut self, files: &[Arc<HostFile>], header: &Qcow2Header) -> io::Result<Table> {
+    fn qcow2_table(
+        &mut self,
+        role: FileRole,
+        files: &[(Arc<HostFile>, Named<'_>)],
+        header: &Qcow2Header,
+    ) -> Result<Table, OpenError> {
         let mut buffered = Vec::new();
-        for file in files {
+        for (file, named) in files {
             // Tables and compressed clusters lie at any offset, and are read in small pieces.
-            let again = || HostFile::open(file.path(), Access::ReadOnly, CacheMode::Buffered);
             buffered.push(match file.alignment() {
                 Alignment::NONE => Arc::clone(file),
-                _ => Arc::new(again().and_then(|again| same_file(file, again))?),
+                _ => open_again(role, file, *named)?,
             });
         }
+        let error = io_error("read", role, files[0].0.path());
         let shared = match &self.qcow2 {
             Some(shared) => Arc::clone(shared),
-            None => Arc::clone(self.qcow2.insert(Arc::new(Shared::new()?))),
+            None => match Shared::new() {
+                Ok(shared) => Arc::clone(self.qcow2.insert(Arc::new(shared))),
+                Err(problem) => return Err(error(problem)),
+            },
         };
         let (metadata, data) = (&buffered[0], buffered.get(1).map(|file| &**file));
-        Table::open(metadata, data, header, self.layers.len(), shared)
+        Table::open(metadata, data, header, self.layers.len(), shared).map_err(error)
     }
 
     /// Notes that `file` is used; refuses one that is used already.
@@ -340,12 +379,19 @@ impl Opener {
     }
 }
 
-/// `again`, if it is the file that `first` is: its name may lead elsewhere by now.
-fn same_file(first: &HostFile, again: HostFile) -> io::Result<HostFile> {
+/// Opens a file once more, through the page cache. Its name may lead elsewhere by now.
+fn open_again(
+    role: FileRole,
+    first: &HostFile,
+    named: Named<'_>,
+) -> Result<Arc<HostFile>, OpenError> {
+    let path = first.path();
+    let again = open_unlocked(role, path, named, Access::ReadOnly, CacheMode::Buffered)?;
     if first.identity() == again.identity() {
         Ok(again)
     } else {
-        Err(io::Error::other("it was replaced while it was opened"))
+        let problem = io::Error::other("it was replaced while it was opened");
+        Err(io_error("open", role, path)(problem))
     }
 }
 
@@ -359,14 +405,16 @@ struct Below {
 }
 
 impl Below {
-    /// Path and format of the backing file.
-    fn resolve(self) -> Result<Option<(PathBuf, DiskFormat)>, OpenError> {
+    /// The backing file.
+    fn resolve(self) -> Result<Option<Next>, OpenError> {
         let Some((name, format)) = self.backing else { return Ok(None) };
         let folder = folder_of(&self.path);
         let Some(format) = format else {
             let backing = name.resolve(folder);
             return Err(OpenError::BackingFormatMissing { path: self.path, backing });
         };
-        resolve(&FileReference { name, format }, folder).map(Some)
+        let (path, format) = resolve(&FileReference { name, format }, folder)?;
+        let named_in = Some(folder.to_owned());
+        Ok(Some(Next { named_in, ..Next::asked(FileRole::Backing, &path, format) }))
     }
 }

@@ -1,0 +1,32 @@
+//! The options of both programs about names that come out of files.
+//!
+//! Not here: what they do (`storage/name_policy.rs`).
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::storage::name_policy::NamePolicy;
+
+/// Where names that come out of files may lead.
+#[derive(Debug, Args)]
+pub(super) struct NameArguments {
+    /// Let files name block devices as raw images and backing files; those on the command line may
+    /// be devices without this
+    #[arg(long, global = true)]
+    allow_devices: bool,
+    /// Refuse every file that a file names and that does not lie beneath DIR
+    #[arg(long, global = true, value_name = "DIR")]
+    image_folder: Option<PathBuf>,
+}
+
+impl NameArguments {
+    /// Makes this the policy of the process. Before any disk is opened.
+    pub(super) fn install(&self) -> Result<(), String> {
+        let folder = self.image_folder.as_deref();
+        NamePolicy::new(self.allow_devices, folder).and_then(NamePolicy::install).map_err(|error| {
+            let folder = folder.unwrap_or("".as_ref()).display();
+            format!("--image-folder '{folder}': cannot be used: {error}")
+        })
+    }
+}
