@@ -2,8 +2,8 @@
 //! hold up only who needs it (P10)?
 //!
 //! The bound: 64 MiB, 2 MiB for each queue, and the part of the bitmap that the add-cow file really
-//! holds. It is looked at where it is worst: while the backing file answers nothing, with all queues
-//! full of the most wasteful requests, so that all of them hold what they ever hold.
+//! holds. It is looked at where it is worst: while the backing file answers nothing, with all
+//! queues full of the most wasteful requests, so that all of them hold what they ever hold.
 //!
 //! Not here: descriptors of guests and messages (`vhost_user.rs`, `hostile.rs`), files and threads
 //! left behind (`lifecycle.rs`).
@@ -76,8 +76,8 @@ fn settled(value: impl Fn() -> u64) -> u64 {
     greatest
 }
 
-/// An indirect table with the most segments (one descriptor more refers to it), all of them the same
-/// memory at an odd address: `len` bytes of data in all.
+/// An indirect table with the most segments (one descriptor more refers to it), all of them the
+/// same memory at an odd address: `len` bytes of data in all.
 fn wasteful_table(header: u64, status: u64, len: usize, is_read: bool) -> Vec<u8> {
     let segments = MAX_DESCRIPTORS - 3;
     let flags = NEXT | if is_read { WRITE } else { 0 };
@@ -92,7 +92,8 @@ fn wasteful_table(header: u64, status: u64, len: usize, is_read: bool) -> Vec<u8
     all.enumerate().map(link).flat_map(Desc::bytes).collect()
 }
 
-/// Fills every queue with such requests, one for each cluster, in its last quarter. Their tables lie over each other: which header a request has is of no importance here.
+/// Fills every queue with such requests, one for each cluster, in its last quarter. Their tables
+/// lie over each other: which header a request has is of no importance here.
 fn fill_queues(guest: &mut Guest, worst: &Worst) {
     let Worst { kind, cluster, len, .. } = *worst;
     for queue in 0..guest.rings.len() {

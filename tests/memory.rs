@@ -1,4 +1,4 @@
-//! May a front end take away the memory that it gave (P6)? It ends its own connection with that, and
+//! May a front end take away the memory that it gave (P6)? It ends its own connection by that, and
 //! nothing else: the daemon lives, what it acknowledged is there, and the next front end is served.
 //!
 //! Not here: memory that was never there (`vhost_user.rs`), pages of the disk's own files that
@@ -42,7 +42,7 @@ fn serves_the_next(daemon: &mut Daemon, expected: &[u8]) {
     assert!(daemon.messages().contains(GONE), "it did not say why: {}", daemon.messages());
 }
 
-/// Puts a request on ring 0 whose data lies at `data`, and whose other parts lie where the rings do.
+/// Puts a request on ring 0 whose data lies at `data`; its other parts lie where the rings do.
 fn submit(guest: &mut Guest, request: &Request, data: u64, len: usize, is_read: bool) {
     let header = guest.mem.alloc(16, 16);
     guest.mem.write(header, &request.readable[..16]);

@@ -89,8 +89,8 @@ pub struct ImageState {
     fills: MemoryBudget,
 }
 
-/// Bytes of clusters that requests of all queues fill in at the same time: 4 of the largest requests
-/// (two clusters of 2 MiB), 128 with clusters of 64 KiB.
+/// Bytes of clusters that requests of all queues fill in at the same time: 4 of the largest
+/// requests (two clusters of 2 MiB), 128 with clusters of 64 KiB.
 const FILL_BUDGET: u32 = 16 << 20;
 
 impl ImageState {

@@ -99,8 +99,8 @@ impl<S: Storage> Image<S> {
         self.state.allocation.mark(clusters);
     }
 
-    /// What has to be filled of `range`, a part of `cluster` that a write leaves out: nothing if the
-    /// cluster is in the raw image. It is locked, so that stays true.
+    /// What has to be filled of `range`, a part of `cluster` that a write leaves out: nothing if
+    /// the cluster is in the raw image. It is locked, so that stays true.
     fn to_fill(&self, cluster: u64, range: ByteRange) -> ByteRange {
         let is_there = self.state.allocation.is_allocated(cluster..cluster + 1);
         if is_there { ByteRange::EMPTY } else { range }

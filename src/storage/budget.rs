@@ -1,5 +1,5 @@
-//! A bound for memory that requests need beside the guest's: who finds it used up waits for others to
-//! give theirs back.
+//! A bound for memory that requests need beside the guest's: who finds it used up waits for others
+//! to give theirs back.
 //!
 //! Promises: whoever waits is served in the order of arrival, on whatever thread it waits, and
 //! nobody gets more than there is. Who holds a lease must not wait for another one of the same

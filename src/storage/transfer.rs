@@ -14,7 +14,8 @@ use super::{IoBuffer, Storage, ZeroMode};
 use crate::units::ByteRange;
 
 /// The most bytes that go through a bounce buffer at once; larger transfers go in pieces. With
-/// [`Storage::bounce_budget`] it bounds the memory of requests that do not fit the file's alignment.
+/// [`Storage::bounce_budget`] it bounds the memory of requests that do not fit the file's
+/// alignment.
 const BOUNCE_LEN: usize = 128 << 10;
 
 /// The most zeros that are written at once, in bytes.

@@ -44,8 +44,9 @@ const MAX_FILES: u32 = 16;
 const BOUNCE_BUDGET: u32 = 1 << 20;
 
 /// Slots that keep the memory of their segment list for the next operation, and entries of such a
-/// list: as many requests as a queue carries out at once, with as many segments as drivers use. What
-/// is beyond is allocated for each operation, so the lists keep at most 256 * 130 * 16 = 520 KiB.
+/// list: as many requests as a queue carries out at once, with as many segments as drivers use.
+/// What is beyond is allocated for each operation, so the lists keep at most 256 * 130 * 16 = 520
+/// KiB.
 const KEPT_LISTS: usize = 256;
 
 /// See [`KEPT_LISTS`].

@@ -152,9 +152,9 @@ impl Stall {
         self.dir.path().join(NAME)
     }
 
-    /// Closes the gate: reads at the offsets of which `waits` says so wait from now on, at most until
-    /// what is returned goes. A process that waits for the file cannot even be killed, so that has
-    /// to go before anybody waits for the process.
+    /// Closes the gate: reads at the offsets of which `waits` says so wait from now on, at most
+    /// until what is returned goes. A process that waits for the file cannot even be killed, so
+    /// that has to go before anybody waits for the process.
     pub fn close(&self, waits: fn(u64) -> bool) -> Closed<'_> {
         self.state.lock().expect("state").waits = Some(waits);
         Closed(self)
