@@ -9,7 +9,10 @@
 mod common;
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant, SystemTime};
@@ -306,6 +309,28 @@ fn disk_that_qemu_uses_is_left_alone() {
         succeeds(&disk, TOOL, &["map", "disk.add-cow"]);
         started(disk.serve(&[])).stop();
     }
+}
+
+/// Who may not look into a process does not learn its name, and is refused all the same.
+#[test]
+fn holder_is_named_only_to_who_may_look_into_it() {
+    let disk = Disk::small();
+    let daemon = started(disk.serve(&[]));
+    let named = format!("{IN_USE} (addcowd, PID {})", daemon.pid());
+    refused(&disk, TOOL, &["info", "disk.add-cow"], &named);
+    if !rustix::process::getuid().is_root() {
+        let note = b"SKIPPED holder_is_named_only_to_who_may_look_into_it: not root\n";
+        return std::io::stderr().write_all(note).expect("standard error");
+    }
+    for path in ["", "disk.add-cow", "disk.raw", "base.img"] {
+        std::fs::set_permissions(disk.path(path), Permissions::from_mode(0o755)).expect("a mode");
+    }
+    // Where others can reach it, unlike the folder that it was built in, perhaps.
+    std::fs::copy(TOOL, disk.path("tool")).expect("a copy");
+    let mut command = Command::new(disk.path("tool"));
+    command.args(["info", "disk.add-cow"]).current_dir(disk.path("")).uid(65534).gid(65534);
+    let said = text(&run_to_end(command));
+    assert!(said.contains(IN_USE) && !said.contains("PID"), "{said}");
 }
 
 /// How a disk in use is come upon: who uses it, or under which name it is opened a second time.
