@@ -16,7 +16,9 @@
 
 use std::any::Any;
 use std::cell::Cell;
+use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -55,7 +57,7 @@ struct Region {
 /// A guest's memory, of which pages may go missing without ending the process.
 #[derive(Debug)]
 pub struct GuardedMemory {
-    /// One for each region. Before the memory: they are dropped while it is still mapped.
+    /// One for each region of a file. Before the memory: they are dropped while it is still mapped.
     guards: Vec<FaultGuard>,
     /// Keeps the regions mapped.
     memory: Arc<GuestMemoryMmap<()>>,
@@ -68,23 +70,29 @@ impl GuardedMemory {
     /// If there are more regions than [`FaultGuard`] can take, or the host does not tell about a
     /// region's file.
     pub fn new(memory: Arc<GuestMemoryMmap<()>>) -> io::Result<Arc<Self>> {
-        let guards = memory.iter().map(guard).collect::<io::Result<_>>()?;
+        let guards = memory.iter().filter_map(guard).collect::<io::Result<_>>()?;
         Ok(Arc::new(Self { guards, memory }))
     }
 }
 
-/// Guards one region.
-fn guard(region: &GuestRegionMmap<()>) -> io::Result<FaultGuard> {
-    // On hugetlbfs, a "block" is a page (statfs(2)).
-    let page_size = match region.file_offset().map(|place| fstatfs(place.file())).transpose()? {
-        Some(place) if place.f_type == HUGETLBFS_MAGIC => usize::try_from(place.f_bsize),
-        _ => Ok(rustix::param::page_size()),
+/// Guards one region. Without a file there is nobody who could cut it, and nothing to guard.
+fn guard(region: &GuestRegionMmap<()>) -> Option<io::Result<FaultGuard>> {
+    let file = region.file_offset()?.file();
+    Some(pages(region, file).and_then(|(range, page_size)| FaultGuard::new(range, page_size)))
+}
+
+/// The addresses of the pages of a region of `file`, and their size in bytes.
+fn pages(region: &GuestRegionMmap<()>, file: &File) -> io::Result<(Range<usize>, usize)> {
+    let place = fstatfs(file)?;
+    let page_size = match place.f_type {
+        // A "block" is a page there (statfs(2)).
+        HUGETLBFS_MAGIC => usize::try_from(place.f_bsize).map_err(io::Error::other)?,
+        _ => rustix::param::page_size(),
     };
-    let page_size = page_size.map_err(io::Error::other)?;
     let start = region.as_ptr().addr();
     let end = usize::try_from(region.len()).ok().and_then(|len| start.checked_add(len));
     let end = end.and_then(|end| end.checked_next_multiple_of(page_size));
-    FaultGuard::new(start..end.ok_or(io::ErrorKind::InvalidInput)?, page_size)
+    Ok((start..end.ok_or(io::ErrorKind::InvalidInput)?, page_size))
 }
 
 /// A guest's memory as one thread sees it.

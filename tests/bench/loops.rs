@@ -25,7 +25,9 @@ use addcow::format::BitmapGeometry;
 use addcow::image::allocation::AllocationMap;
 use addcow::image::chain::Chain as BackingChain;
 use addcow::image::extent::{Extent, ExtentKind};
+use addcow::image::journal::BitJournal;
 use addcow::image::{Image, ImageState};
+use addcow::storage::shared_memory::SharedMemory;
 use addcow::storage::{Alignment, IoBuffer, Storage, ZeroMode};
 use addcow::units::{ByteRange, ClusterSize};
 use addcow::virtio::chain::Chain;
@@ -58,26 +60,36 @@ struct Loop {
 }
 
 /// Every loop, in the order of the table.
-const LOOPS: [Loop; 9] = [
+const LOOPS: [Loop; 11] = [
     Loop {
         name: "read",
         unit: "request: 4 KiB read of an allocated cluster",
-        run: || requests(READ, true),
+        run: || requests(READ, true, false),
     },
     Loop {
         name: "backing-read",
         unit: "request: 4 KiB read of an unallocated cluster, raw backing file",
-        run: || requests(READ, false),
+        run: || requests(READ, false, false),
     },
     Loop {
         name: "write",
         unit: "request: 4 KiB write of an allocated cluster",
-        run: || requests(WRITE, true),
+        run: || requests(WRITE, true, false),
     },
     Loop {
         name: "first-write",
         unit: "request: first write of a whole 4 KiB cluster",
-        run: || requests(WRITE, false),
+        run: || requests(WRITE, false, false),
+    },
+    Loop {
+        name: "read-kept",
+        unit: "as read, requests in flight being kept for the next process",
+        run: || requests(READ, true, true),
+    },
+    Loop {
+        name: "first-write-kept",
+        unit: "as first-write, requests and new bits being kept for the next process",
+        run: || requests(WRITE, false, true),
     },
     Loop {
         name: "resolve-4k",
@@ -188,8 +200,9 @@ fn shuffled_clusters() -> Vec<u64> {
     clusters
 }
 
-/// Serves requests of type `kind` on random clusters, all of them allocated or none.
-fn requests(kind: u32, allocated: bool) -> u64 {
+/// Serves requests of type `kind` on random clusters, all of them allocated or none; `kept` for the
+/// next process or not.
+fn requests(kind: u32, allocated: bool, kept: bool) -> u64 {
     let (geometry, map) = empty_map();
     if allocated {
         map.mark(0..geometry.clusters());
@@ -197,10 +210,19 @@ fn requests(kind: u32, allocated: bool) -> u64 {
     let state = Arc::new(ImageState::add_cow(geometry, map, DISK, true));
     let (raw, side, backing) = <(Instant, Instant, Instant)>::default();
     let chain = BackingChain::raw(backing.clone(), DISK);
+    let journal = kept.then(|| {
+        let words = BitJournal::words(geometry.clusters()).unwrap();
+        let memory = SharedMemory::create("journal", words).unwrap();
+        Arc::new(BitJournal::new(Arc::new(memory), 0, geometry.clusters()))
+    });
     let image = Image::new(Arc::clone(&state), raw.clone(), Some(side.clone()), Some(chain));
+    let image = image.with_journal(journal);
     let device = queue::device(image);
     let serve = |chain| device.serve(chain);
     let mut queue = Queue::new();
+    if kept {
+        queue.track();
+    }
     let mut pool = TaskPool::new(128, Box::new(|| {}));
     let mut batch = Vec::with_capacity(BATCH);
     let blocks = &shuffled_clusters()[..REQUESTS];

@@ -16,10 +16,12 @@ use std::sync::atomic::Ordering;
 use addcow::image::Image;
 use addcow::storage::Storage;
 use addcow::storage::buffer::IoMemory;
+use addcow::storage::shared_memory::SharedMemory;
 use addcow::virtio::chain::{self, Chain};
 use addcow::virtio::config::DeviceConfig;
 use addcow::virtio::device::{BlockDevice, DeviceState};
 use addcow::virtio::guest_memory::{GuardedMemory, GuestMap};
+use addcow::virtio::inflight::InflightQueue;
 use addcow::virtio::ring::{RingSetup, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
@@ -101,6 +103,14 @@ impl Queue {
         let virtqueue = SplitRing::new(&map, setup).unwrap();
         let lists = (0..SLOTS).map(|_| Rc::default()).collect();
         Self { memory, map, owner, lists, next_avail: 0, virtqueue }
+    }
+
+    /// Device: notes its requests in flight in memory that another process could take over.
+    pub fn track(&mut self) {
+        let words = InflightQueue::words(RING);
+        let memory = SharedMemory::create("inflight", words).expect("a memory file");
+        let taken = self.virtqueue.track(InflightQueue::new(Arc::new(memory), 0, RING));
+        assert_eq!(taken, 0, "nothing was in flight");
     }
 
     /// Driver: makes the chain of `slot`, a request of type `kind` for block `block` of the disk,
