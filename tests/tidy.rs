@@ -145,6 +145,21 @@ fn unsafe_lives_in_few_files_that_say_why() {
 }
 
 #[test]
+fn guest_memory_never_becomes_a_slice() {
+    let mut complaints = Vec::new();
+    for path in files("src", "rs") {
+        let code = code(&read(&path));
+        // What would make a reference to memory that a guest writes while we look at it.
+        for word in ["from_raw_parts", "get_slice", "as_volatile_slice", "get_host_address"] {
+            if code.contains(word) {
+                complaints.push(format!("{}: {word}", path.display()));
+            }
+        }
+    }
+    report(&complaints);
+}
+
+#[test]
 fn files_and_functions_fit() {
     let mut complaints = Vec::new();
     for path in files("src", "rs").into_iter().chain(files("tests", "rs")) {
