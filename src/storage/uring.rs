@@ -19,16 +19,16 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use io_uring::register::Restriction;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 use super::budget::MemoryBudget;
 use super::buffer::Segment;
 use super::file::fallocate_flags;
 use super::host_file::HostFile;
+use super::restricted_ring::{self, MAX_FILES};
 use super::{Alignment, IoBuffer, Storage, ZeroMode};
 use crate::units::ByteRange;
 
@@ -36,9 +36,6 @@ use crate::units::ByteRange;
 /// queue is submitted early; the completion queue is twice as large, and the kernel keeps what
 /// does not fit (IORING_FEAT_NODROP), so this bounds a batch and nothing else.
 const RING_ENTRIES: u32 = 256;
-
-/// Files that a ring can register; a disk has three. Further ones work too, a little slower.
-const MAX_FILES: u32 = 16;
 
 /// Bytes of bounce buffers that the requests of one ring share: 32 small ones or 8 large ones at a
 /// time (`transfer::BOUNCE_LEN`).
@@ -140,7 +137,7 @@ impl Ring {
     /// # Errors
     /// What io_uring_setup(2) said.
     pub fn new() -> io::Result<Rc<Self>> {
-        let uring = build()?;
+        let uring = restricted_ring::build(RING_ENTRIES)?;
         let inner = Inner {
             uring,
             slots: Vec::new(),
@@ -318,68 +315,6 @@ impl Drop for Ring {
             self.reap(|_| {});
         }
     }
-}
-
-/// What a ring can be asked for once it is enabled, besides the flag of registered files: what this
-/// file does, and nothing that opens, connects, or moves descriptors.
-const OPERATIONS: [u8; 9] = [
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::ReadFixed::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::WriteFixed::CODE,
-    opcode::Fallocate::CODE,
-    opcode::Fsync::CODE,
-    opcode::PollAdd::CODE,
-];
-
-/// `IORING_REGISTER_*` operations that an enabled ring may be asked for: memory, and files of the
-/// disk.
-const REGISTRATIONS: [u8; 2] = [0, 6];
-
-/// A ring of the kernel: the best that it has, and no more than it must be able to do.
-fn build() -> io::Result<IoUring> {
-    // Completions are worked off when this thread asks for them, not by interrupting it; kernels
-    // before 6.1 do not know how (EINVAL) and get a plain ring, before 5.10 an unrestricted one.
-    let mut builder = IoUring::builder();
-    builder.setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag().setup_defer_taskrun();
-    let is_old = |error: &io::Error| error.raw_os_error() == Some(libc::EINVAL);
-    let uring = match builder.setup_r_disabled().build(RING_ENTRIES) {
-        Err(error) if is_old(&error) => {
-            match IoUring::builder().setup_r_disabled().build(RING_ENTRIES) {
-                Err(error) if is_old(&error) => {
-                    warn_unrestricted();
-                    return IoUring::new(RING_ENTRIES);
-                }
-                other => other?,
-            }
-        }
-        other => other?,
-    };
-    let submitter = uring.submitter();
-    // Registered files spare the kernel a look-up per operation. Optional.
-    if let Err(error) = submitter.register_files_sparse(MAX_FILES) {
-        log::debug!("io_uring: no registered files: {error}");
-    }
-    let operations = OPERATIONS.map(Restriction::sqe_op);
-    let registrations = REGISTRATIONS.map(Restriction::register_op);
-    let flags = Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits());
-    let mut restrictions: Vec<Restriction> =
-        operations.into_iter().chain(registrations).chain([flags]).collect();
-    match submitter.register_restrictions(&mut restrictions) {
-        Err(error) if is_old(&error) => warn_unrestricted(),
-        result => result?,
-    }
-    submitter.register_enable_rings()?;
-    Ok(uring)
-}
-
-/// Says that rings cannot be restricted: once, not for each ring.
-fn warn_unrestricted() {
-    /// Whether it was said.
-    static SAID: Once = Once::new();
-    SAID.call_once(|| log::warn!("sandbox: this kernel cannot restrict what io_uring may do"));
 }
 
 /// One completion, settled.
@@ -669,40 +604,4 @@ impl Storage for UringStorage {
 /// segment list has at most 1024 entries.
 fn kernel_len(len: usize) -> u32 {
     u32::try_from(len).expect("clipped to the kernel's limit")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What the kernel answers to an operation.
-    fn answer(uring: &mut IoUring, entry: squeue::Entry) -> i32 {
-        // SAFETY: the entries of these tests name no memory but a constant name.
-        unsafe { uring.submission().push(&entry) }.unwrap();
-        uring.submit_and_wait(1).unwrap();
-        uring.completion().next().unwrap().result()
-    }
-
-    #[test]
-    fn a_ring_refuses_what_the_daemon_never_asks_for() {
-        let mut uring = build().unwrap();
-        let here = types::Fd(libc::AT_FDCWD);
-        let refused = [
-            opcode::OpenAt::new(here, c"/".as_ptr()).build(),
-            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
-            opcode::UnlinkAt::new(here, c"nothing".as_ptr()).build(),
-            opcode::Close::new(types::Fd(-1)).build(),
-            opcode::Nop::new().build(),
-            // What it does ask for, but linked to the next, or drained.
-            opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::IO_LINK),
-            opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::IO_DRAIN),
-        ];
-        for entry in refused {
-            assert_eq!(answer(&mut uring, entry), -libc::EACCES);
-        }
-        let allowed = opcode::Fsync::new(types::Fd(-1)).build();
-        assert_eq!(answer(&mut uring, allowed), -libc::EBADF);
-        let eventfd = uring.submitter().register_eventfd(0).unwrap_err();
-        assert_eq!(eventfd.raw_os_error(), Some(libc::EACCES));
-    }
 }
