@@ -7,6 +7,7 @@ pub mod format;
 pub mod image;
 pub mod jobs;
 pub mod log_limit;
+pub mod sandbox;
 pub mod seeded;
 pub mod storage;
 mod sync;

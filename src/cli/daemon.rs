@@ -13,16 +13,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Command, CommandFactory, Parser, ValueEnum};
+use nix::sys::signal::{SigSet, Signal};
 use rustix::net::sockopt::socket_acceptconn;
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
-use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
 
 use crate::image::open::{self, OpenImage, OpenOptions};
+use crate::sandbox::Sandbox;
+use crate::sandbox::broker::SocketIdentity;
+use crate::sandbox::profile::Profile;
+use crate::sandbox::rights::raise_pinned_memory;
 use crate::storage::host_file::CacheMode;
 use crate::storage::lock::Locking;
 use crate::vhost_user::backend::MAX_QUEUES;
-use crate::vhost_user::export::{Endpoint, Export, ExportError, StopHandle, Tuning};
+use crate::vhost_user::export::{Endpoint, Export, StopHandle, Tuning};
 use crate::virtio::config::DeviceConfig;
 
 use super::Outcome;
@@ -129,6 +132,10 @@ struct Arguments {
     /// Where names inside the disk's files may lead.
     #[command(flatten)]
     names: NameArguments,
+    /// Give up no rights after the disk and the socket are open. For debugging only: a guest that
+    /// breaks into this process can then do whatever its user can.
+    #[arg(long)]
+    no_sandbox: bool,
 }
 
 /// Checks a serial.
@@ -180,38 +187,61 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 /// Opens the disk and serves it until told to stop.
 fn serve(arguments: &Arguments) -> Outcome {
+    // First of all: the broker must not inherit anything.
+    let sandbox = Sandbox::start(arguments.socket_path.as_deref(), !arguments.no_sandbox)
+        .map_err(|error| format!("cannot start the broker process: {error}"))?;
     arguments.names.install()?;
     let image = open_image(arguments)?;
-    if !arguments.no_mapping {
-        image.map_files();
-    }
-    let stop = StopHandle::new()?;
+    // From here on they wait for the thread that takes them: nothing half-done is left behind.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block().map_err(io::Error::from)?;
     let socket = match (&arguments.fd, &arguments.socket_path) {
         (Some(fd), _) => Socket::inherited(*fd)?,
         (None, Some(path)) => Socket::bind(path)?,
         (None, None) => return Err("neither --socket-path nor --fd given".into()),
     };
-    stop_on_signals(stop.clone())?;
+    let result = serve_on(arguments, &sandbox, signals, image, socket.endpoint);
+    if let Some((path, identity)) = socket.created
+        && let Err(error) = sandbox.remove_socket(identity)
+    {
+        log::warn!("{}: cannot remove the socket: {error}", path.display());
+    }
+    result
+}
+
+/// Serves the disk on a socket.
+fn serve_on(
+    arguments: &Arguments,
+    sandbox: &Sandbox,
+    signals: SigSet,
+    image: OpenImage,
+    endpoint: Endpoint,
+) -> Outcome {
+    let stop = StopHandle::new()?;
     let config = DeviceConfig {
         num_queues: arguments.num_queues,
         queue_size: arguments.queue_size,
         serial: arguments.serial.clone().into_bytes(),
     };
-    log::info!("{}: serving {} bytes", arguments.blk_file.display(), image.state.virtual_size());
     let writeback = arguments.cache != Cache::Writethrough;
     let tuning = Tuning {
         poll_limit: Duration::from_micros(arguments.poll_us),
         register_memory: arguments.register_memory,
     };
-    let result = Export::new(image, config, writeback, tuning, stop)
-        .map_err(ExportError::Recovery)
-        .and_then(|export| export.serve(socket.endpoint));
-    if let Some(path) = socket.created
-        && let Err(error) = std::fs::remove_file(&path)
-    {
-        log::warn!("{}: cannot remove the socket: {error}", path.display());
+    let export = Export::new(image, config, writeback, tuning, stop.clone())?;
+    let export = export.in_sandbox(sandbox.clone());
+    confine(sandbox, signals, &export, arguments)?;
+    stop_on_signals(signals, stop, sandbox.clone())?;
+    if !arguments.no_mapping {
+        // With the rights that the queues have, or the host would show more than it shows them.
+        export.image().map_files();
     }
-    result?;
+    log::info!(
+        "{}: serving {} bytes",
+        arguments.blk_file.display(),
+        export.image().state.virtual_size()
+    );
+    export.serve(endpoint)?;
     Ok(0)
 }
 
@@ -235,15 +265,48 @@ fn open_image(arguments: &Arguments) -> Result<OpenImage, crate::image::OpenErro
     }
 }
 
-/// Lets SIGTERM and SIGINT stop the export.
-fn stop_on_signals(stop: StopHandle) -> io::Result<()> {
-    let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            log::info!("signal {signal}: finishing requests and flushing");
+/// Gives up what serving does not need.
+fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Arguments) -> Outcome {
+    if arguments.no_sandbox {
+        log::warn!(
+            "NO SANDBOX: a guest that breaks into this process can do whatever its user can"
+        );
+    }
+    raise_pinned_memory(arguments.register_memory);
+    if sandbox.is_confined() {
+        // A backtrace would read files, which ends a confined process.
+        std::panic::set_hook(Box::new(|panic| log::error!("internal error: {panic}")));
+    }
+    let failed = |error: io::Error| format!("cannot enter the sandbox: {error}");
+    for missing in sandbox.confine().map_err(failed)? {
+        log::warn!("sandbox: {missing}");
+    }
+    let late = sandbox.clone();
+    let enter = move || {
+        signals.thread_block()?;
+        late.enter_late(Profile::Tables)
+    };
+    export.image().on_tables_thread(enter).map_err(failed)?;
+    Ok(0)
+}
+
+/// Lets the signals, which are blocked, stop the export.
+fn stop_on_signals(signals: SigSet, stop: StopHandle, sandbox: Sandbox) -> io::Result<()> {
+    let work = move || {
+        if let Err(error) = sandbox.enter(Profile::Signals) {
+            log::error!("sandbox: the signals thread is not confined: {error}");
+            return stop.stop();
+        }
+        loop {
+            match signals.wait() {
+                Ok(signal) => log::info!("{signal}: finishing requests and flushing"),
+                Err(nix::Error::EINTR) => continue,
+                Err(error) => log::error!("cannot wait for signals: {error}"),
+            }
             stop.stop();
         }
-    })?;
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(work)?;
     Ok(())
 }
 
@@ -252,8 +315,8 @@ fn stop_on_signals(stop: StopHandle) -> io::Result<()> {
 struct Socket {
     /// What to serve.
     endpoint: Endpoint,
-    /// The path that we created and have to remove.
-    created: Option<PathBuf>,
+    /// The path that we created and have to remove, and what was created.
+    created: Option<(PathBuf, SocketIdentity)>,
 }
 
 impl Socket {
@@ -267,7 +330,10 @@ impl Socket {
             }
             other => other.map_err(failed)?,
         };
-        Ok(Self { endpoint: Endpoint::Listening(listener), created: Some(path.to_owned()) })
+        let stat = rustix::fs::lstat(path).map_err(|error| failed(error.into()))?;
+        let identity = SocketIdentity { device: stat.st_dev, inode: stat.st_ino };
+        let created = Some((path.to_owned(), identity));
+        Ok(Self { endpoint: Endpoint::Listening(listener), created })
     }
 
     /// Takes an inherited socket. The conventions leave open whether it listens or is connected.

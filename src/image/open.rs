@@ -93,6 +93,18 @@ impl OpenImage {
         self.data_files().for_each(|file| file.map());
     }
 
+    /// Does `work` on the one thread that an open disk may have, which reads the tables of its
+    /// chain, and waits for it.
+    ///
+    /// # Errors
+    /// What `work` says, or that it has panicked.
+    pub fn on_tables_thread(
+        &self,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        self.backing.as_ref().map_or(Ok(()), |chain| block_on(chain.on_tables_thread(work)))
+    }
+
     /// Gives the page tables of mapped files back: nobody uses the disk for now.
     pub fn release_mappings(&self) {
         self.data_files().filter_map(|file| file.mapping()).for_each(Mapping::release);

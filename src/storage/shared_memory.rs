@@ -13,7 +13,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use rustix::fs::{
-    MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, fcntl_get_seals, fstatfs, memfd_create, seek,
+    MemfdFlags, SealFlags, SeekFrom, fcntl_add_seals, fcntl_get_seals, fstat, fstatfs,
+    memfd_create, seek,
 };
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
@@ -60,7 +61,7 @@ impl SharedMemory {
         if fstatfs(&file)?.f_type != TMPFS_MAGIC {
             return Err(foreign("it is no ordinary memory"));
         }
-        let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        let len = usize::try_from(fstat(&file)?.st_size).map_err(io::Error::other)?;
         if len == 0 || !len.is_multiple_of(WORD) {
             return Err(foreign("it does not consist of words"));
         }

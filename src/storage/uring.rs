@@ -28,6 +28,7 @@ use super::budget::MemoryBudget;
 use super::buffer::Segment;
 use super::file::fallocate_flags;
 use super::host_file::HostFile;
+use super::restricted_ring::{self, MAX_FILES};
 use super::{Alignment, IoBuffer, Storage, ZeroMode};
 use crate::units::ByteRange;
 
@@ -35,9 +36,6 @@ use crate::units::ByteRange;
 /// queue is submitted early; the completion queue is twice as large, and the kernel keeps what
 /// does not fit (IORING_FEAT_NODROP), so this bounds a batch and nothing else.
 const RING_ENTRIES: u32 = 256;
-
-/// Files that a ring can register; a disk has three. Further ones work too, a little slower.
-const MAX_FILES: u32 = 16;
 
 /// Bytes of bounce buffers that the requests of one ring share: 32 small ones or 8 large ones at a
 /// time (`transfer::BOUNCE_LEN`).
@@ -139,22 +137,7 @@ impl Ring {
     /// # Errors
     /// What io_uring_setup(2) said.
     pub fn new() -> io::Result<Rc<Self>> {
-        // Completions are worked off when this thread asks for them, not by interrupting it;
-        // kernels before 6.1 do not know how (EINVAL) and get a plain ring.
-        let uring = IoUring::builder()
-            .setup_single_issuer()
-            .setup_coop_taskrun()
-            .setup_taskrun_flag()
-            .setup_defer_taskrun()
-            .build(RING_ENTRIES)
-            .or_else(|error| match error.raw_os_error() {
-                Some(libc::EINVAL) => IoUring::new(RING_ENTRIES),
-                _ => Err(error),
-            })?;
-        // Registered files spare the kernel a look-up per operation. Optional.
-        if let Err(error) = uring.submitter().register_files_sparse(MAX_FILES) {
-            log::debug!("io_uring: no registered files: {error}");
-        }
+        let uring = restricted_ring::build(RING_ENTRIES)?;
         let inner = Inner {
             uring,
             slots: Vec::new(),

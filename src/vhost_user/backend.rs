@@ -3,6 +3,7 @@
 //! Never returns an error from [`VhostUserBackend::handle_event`], nor lets a panic through: either
 //! would end the worker's thread without a word.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -10,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::fstatfs;
+use rustix::fs::{FileType, fstat, fstatfs};
 use vhost::vhost_user::Backend;
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VhostUserBackend;
@@ -27,6 +28,8 @@ use super::interposer::InflightMessages;
 use super::queue::{self, Heritage, QueueContext, QueueError};
 use super::recovery::{QueueShape, Recovery, RecoveryError, Region};
 use super::vring::{Pause, RingControl, Vring, new_eventfd, ring_eventfd};
+use crate::sandbox::Sandbox;
+use crate::sandbox::profile::Profile;
 use crate::virtio::config::has_feature;
 use crate::virtio::guest_memory::{GuardedMemory, GuestMap};
 
@@ -61,7 +64,12 @@ pub struct BlkBackend {
     region: Mutex<Option<Arc<Region>>>,
     /// The channel to the front end; kept open, and used once there is something to say.
     channel: Mutex<Option<Backend>>,
+    /// What the framework's threads give up.
+    sandbox: Sandbox,
 }
+
+/// The name of the framework's thread that handles messages.
+pub(super) const CONTROL_THREAD: &str = "control";
 
 impl std::fmt::Debug for BlkBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -87,7 +95,29 @@ impl BlkBackend {
             recovery,
             region: Mutex::new(None),
             channel: Mutex::new(None),
+            sandbox: Sandbox::none(),
         })
+    }
+
+    /// The same in a sandbox.
+    #[must_use]
+    pub fn in_sandbox(self, sandbox: Sandbox) -> Self {
+        Self { sandbox, ..self }
+    }
+
+    /// Lets the calling thread, one of the framework's, give up what it does not need, the first
+    /// time. A thread that cannot must not go on, and the process without it would be of no use.
+    fn confine(&self, profile: Profile) {
+        thread_local! {
+            /// Whether this thread has done it.
+            static CONFINED: Cell<bool> = const { Cell::new(false) };
+        }
+        if !CONFINED.replace(true)
+            && let Err(error) = self.sandbox.enter(profile)
+        {
+            log::error!("sandbox: a {} thread is not confined: {error}", profile.name());
+            std::process::abort();
+        }
     }
 
     /// Becomes readable when the front end has taken memory away: the connection is to end then.
@@ -208,9 +238,11 @@ impl InflightMessages for BlkBackend {
 fn check_region(region: &GuestRegionMmap<()>) -> io::Result<()> {
     let refused = |what: String| Err(io::Error::new(io::ErrorKind::InvalidInput, what));
     let Some(place) = region.file_offset() else { return Ok(()) };
-    let file = place.file().metadata()?;
+    let stat = fstat(place.file())?;
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    let len = u64::try_from(stat.st_size).unwrap_or(0);
     let end = place.start().checked_add(region.len());
-    if file.is_file() && end.is_none_or(|end| end > file.len()) {
+    if is_file && end.is_none_or(|end| end > len) {
         return refused(format!("{} bytes, which is longer than its file", region.len()));
     }
     if fstatfs(place.file())?.f_type == FUSE_MAGIC {
@@ -232,6 +264,10 @@ impl VhostUserBackend for BlkBackend {
     }
 
     fn features(&self) -> u64 {
+        // The first message of each connection asks for them: see `Export::confine_threads`.
+        if std::thread::current().name() == Some(CONTROL_THREAD) {
+            self.confine(Profile::Control);
+        }
         self.context.device.offered_features() | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
     }
 
@@ -303,6 +339,8 @@ impl VhostUserBackend for BlkBackend {
         vrings: &[Vring],
         thread: usize,
     ) -> io::Result<()> {
+        // Also for an event that is not a queue's: see `Export::confine_threads`.
+        self.confine(Profile::Queue);
         if let Some(vring) = vrings.get(usize::from(event)) {
             let outcome = catch_unwind(AssertUnwindSafe(|| self.run_queue(thread, vring)));
             if outcome.is_err() {

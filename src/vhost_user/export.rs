@@ -6,20 +6,19 @@
 //! the disk is flushed.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::EventSet;
 
 use super::SharedMemory;
-use super::backend::BlkBackend;
+use super::backend::{BlkBackend, CONTROL_THREAD};
 use super::interposer::{self, End};
 use super::queue::QueueContext;
 use super::recovery::{Recovery, RecoveryError};
@@ -28,9 +27,13 @@ use crate::executor::block_on;
 use crate::image::ImageError;
 use crate::image::open::OpenImage;
 use crate::log_limit::LogLimit;
+use crate::sandbox::Sandbox;
 use crate::storage::file::FileStorage;
 use crate::virtio::config::DeviceConfig;
 use crate::virtio::device::DeviceState;
+
+/// The framework, for one connection.
+type Framework = VhostUserDaemon<Arc<BlkBackend>>;
 
 /// Where front ends come from.
 #[derive(Debug)]
@@ -74,6 +77,9 @@ pub enum ExportError {
         /// What the host said.
         source: io::Error,
     },
+    /// The process that makes sockets for us has ended: no front end can be served any more.
+    #[error("the broker process is gone")]
+    Broker,
     /// The framework could not be set up.
     #[error("cannot set up the connection: {0}")]
     Framework(String),
@@ -105,6 +111,8 @@ pub struct Export {
     recovery: Arc<Recovery>,
     /// Told when to stop.
     stop: StopHandle,
+    /// What threads give up, and where their sockets come from.
+    sandbox: Sandbox,
 }
 
 /// How queues run.
@@ -130,7 +138,20 @@ impl Export {
     ) -> Result<Self, RecoveryError> {
         let image = Arc::new(image);
         let recovery = Arc::new(Recovery::new(Arc::clone(&image), config.num_queues)?);
-        Ok(Self { image, config, writeback, tuning, recovery, stop })
+        let sandbox = Sandbox::none();
+        Ok(Self { image, config, writeback, tuning, recovery, stop, sandbox })
+    }
+
+    /// The same in a sandbox: each thread gives up what it does not need.
+    #[must_use]
+    pub fn in_sandbox(self, sandbox: Sandbox) -> Self {
+        Self { sandbox, ..self }
+    }
+
+    /// The disk.
+    #[must_use]
+    pub fn image(&self) -> &OpenImage {
+        &self.image
     }
 
     /// Serves until it is stopped, or until the only front end hangs up. Then flushes the disk.
@@ -154,6 +175,7 @@ impl Export {
             match self.serve_connection(&stream) {
                 Ok(End::Stopped) => return Ok(()),
                 Ok(end) => log::info!("connection ended by {}", name_of(end)),
+                Err(ExportError::Broker) => return Err(ExportError::Broker),
                 Err(error) => log::error!("connection ended: {error}"),
             }
             if let Err(error) = self.flush() {
@@ -197,11 +219,17 @@ impl Export {
         let log_limit = LogLimit::default();
         let context = QueueContext { image, device, poll_limit, register_memory, log_limit };
         let memory = SharedMemory::new(GuestMemoryMmap::new());
-        let backend = BlkBackend::new(context, Arc::clone(&self.recovery));
-        let backend = Arc::new(backend.map_err(failed("cannot set up the connection"))?);
-        let mut daemon = VhostUserDaemon::new("control".into(), Arc::clone(&backend), memory)
+        let backend = BlkBackend::new(context, Arc::clone(&self.recovery))
+            .map_err(failed("cannot set up the connection"))?;
+        let backend = Arc::new(backend.in_sandbox(self.sandbox.clone()));
+        let mut daemon = VhostUserDaemon::new(CONTROL_THREAD.into(), Arc::clone(&backend), memory)
             .map_err(|error| ExportError::Framework(error.to_string()))?;
-        let ours = match connect_framework(&mut daemon) {
+        let entry = new_eventfd().map_err(failed("cannot set up the connection"))?;
+        let connected = self.connect_framework(&mut daemon).and_then(|ours| {
+            self.confine_threads(&daemon, &ours, &entry)?;
+            Ok(ours)
+        });
+        let ours = match connected {
             Ok(ours) => ours,
             Err(error) => {
                 log_end(daemon.wait());
@@ -227,38 +255,56 @@ impl Export {
         end.map_err(failed("cannot pass messages on"))
     }
 
+    /// Starts the framework on a socket of its own and returns our end of it.
+    fn connect_framework(&self, daemon: &mut Framework) -> Result<UnixStream, ExportError> {
+        const ACTION: &str = "cannot set up the connection";
+        // The framework takes a connection only from a listener. This one lives for as long as
+        // this call.
+        let (listener, ours) = self.sandbox.pair().map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => ExportError::Broker,
+            _ => failed(ACTION)(error),
+        })?;
+        let mut listener = Listener::from(listener);
+        daemon.start(&mut listener).map_err(|e| ExportError::Framework(e.to_string()))?;
+        drop(listener);
+        // If another process was quicker, its connection was accepted and ours went with the
+        // listener.
+        let mut fds = [PollFd::new(&ours, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
+        if fds[0].revents().is_empty() {
+            Ok(ours)
+        } else {
+            daemon.request_shutdown();
+            Err(ExportError::Framework("another process took the private socket".into()))
+        }
+    }
+
+    /// Lets the framework's threads give up what they do not need, before the front end has sent
+    /// anything: they only call us when there is something to do, so they get it. Each of them
+    /// sees `entry` become readable once.
+    fn confine_threads(
+        &self,
+        daemon: &Framework,
+        ours: &UnixStream,
+        entry: &OwnedFd,
+    ) -> Result<(), ExportError> {
+        if !self.sandbox.is_confined() {
+            return Ok(());
+        }
+        ring_eventfd(entry);
+        let once = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for thread in daemon.get_epoll_handlers() {
+            let event = u64::from(self.config.num_queues) + 1;
+            let registered = thread.register_listener(entry.as_raw_fd(), once, event);
+            registered.map_err(failed("cannot confine a thread"))?;
+        }
+        interposer::greet(ours).map_err(failed("cannot confine a thread"))
+    }
+
     /// Makes what was written durable.
     fn flush(&self) -> Result<(), ImageError> {
         block_on(self.image.handle(FileStorage::new).flush())
-    }
-}
-
-/// Starts the framework on a socket of its own and returns our end of it.
-fn connect_framework(
-    daemon: &mut VhostUserDaemon<Arc<BlkBackend>>,
-) -> Result<UnixStream, ExportError> {
-    /// Makes the names of this process's sockets differ.
-    static COUNTER: AtomicU64 = AtomicU64::new(0);
-    const ACTION: &str = "cannot set up the connection";
-    // The framework takes a connection only from a listener. This one has an abstract name and
-    // lives for the next three calls.
-    let number = COUNTER.fetch_add(1, Ordering::Relaxed);
-    let name = format!("addcowd/{}/{number}", std::process::id());
-    let address = SocketAddr::from_abstract_name(name).map_err(failed(ACTION))?;
-    let listener = UnixListener::bind_addr(&address).map_err(failed(ACTION))?;
-    let ours = UnixStream::connect_addr(&address).map_err(failed(ACTION))?;
-    let mut listener = Listener::from(listener);
-    daemon.start(&mut listener).map_err(|error| ExportError::Framework(error.to_string()))?;
-    drop(listener);
-    // If another process was quicker, its connection was accepted and ours went with the listener.
-    let mut fds = [PollFd::new(&ours, PollFlags::IN)];
-    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-    poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
-    if fds[0].revents().is_empty() {
-        Ok(ours)
-    } else {
-        daemon.request_shutdown();
-        Err(ExportError::Framework("another process took the private socket".into()))
     }
 }
 

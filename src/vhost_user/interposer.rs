@@ -33,6 +33,9 @@ const MAX_PAYLOAD: usize = 4096;
 /// The most file descriptors of one message: what the framework accepts.
 const MAX_FDS: usize = 32;
 
+/// `VHOST_USER_GET_FEATURES`: without payload.
+const GET_FEATURES: u32 = 1;
+
 /// `VHOST_USER_SET_VRING_NUM`: payload queue index and size, 32 bits each.
 const SET_VRING_NUM: u32 = 8;
 
@@ -136,6 +139,20 @@ pub fn pass(
                 return Ok(End::FrontEnd);
             }
         }
+    }
+}
+
+/// Asks the framework for its features, which changes nothing, and waits for the answer: its thread
+/// has called the device then.
+///
+/// # Errors
+/// If it does not answer.
+pub fn greet(framework: &UnixStream) -> io::Result<()> {
+    let header = [GET_FEATURES, FLAG_VERSION, 0].map(u32::to_le_bytes);
+    send(framework, header.as_flattened(), &[])?;
+    match receive_message(framework)? {
+        Some(answer) if answer.request() == GET_FEATURES && answer.has_flag(FLAG_REPLY) => Ok(()),
+        _ => Err(io::ErrorKind::InvalidData.into()),
     }
 }
 

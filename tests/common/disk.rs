@@ -170,6 +170,11 @@ impl Disk {
         view
     }
 
+    /// The disk's folder.
+    pub fn folder(&self) -> &Path {
+        self.dir.path()
+    }
+
     /// Starts a daemon on this disk with `options` besides the disk and the socket.
     pub fn serve(&self, options: &[&str]) -> Daemon {
         let mut args = vec!["--blk-file", "disk.add-cow", "--socket-path", "sock"];
@@ -255,9 +260,15 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the daemon in `dir` with `args` and perhaps a socket as standard input.
     pub fn spawn(dir: &Path, args: &[&str], socket: Option<OwnedFd>) -> Self {
+        let mut command = Command::new(DAEMON);
+        command.args(args);
+        Self::spawn_by(command, dir, socket)
+    }
+
+    /// The same by a command that becomes the daemon.
+    pub fn spawn_by(mut command: Command, dir: &Path, socket: Option<OwnedFd>) -> Self {
         let stderr = tempfile::tempfile().expect("a temporary file");
-        let child = Command::new(DAEMON)
-            .args(args)
+        let child = command
             .current_dir(dir)
             .stdin(socket.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::null())

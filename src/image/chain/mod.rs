@@ -110,6 +110,22 @@ impl OpenChain {
         &self.layers
     }
 
+    /// Does `work` on the thread that reads the chain's tables, if it has one, and waits for it.
+    ///
+    /// # Errors
+    /// What `work` says, or that it has panicked.
+    pub async fn on_tables_thread(
+        &self,
+        work: impl FnOnce() -> io::Result<()> + Send + 'static,
+    ) -> io::Result<()> {
+        let tables = self.layers.iter().find_map(|layer| match &layer.map {
+            LayerMap::Qcow2(table) => Some(table),
+            LayerMap::Raw | LayerMap::AddCow(_) | LayerMap::Qed(_) => None,
+        });
+        let Some(table) = tables else { return Ok(()) };
+        table.on_thread(work).await?
+    }
+
     /// A handle for one thread, whose storages `engine` makes.
     pub fn handle<S: Storage>(&self, engine: impl Fn(Arc<HostFile>) -> S) -> Chain<S> {
         Chain::new(self.layers.iter().map(|layer| ChainLayer {

@@ -97,6 +97,19 @@ pub struct Table {
     region_len: u64,
 }
 
+impl Table {
+    /// Does `work` on the thread that this layer shares with the others of its chain.
+    ///
+    /// # Errors
+    /// That it has panicked.
+    pub async fn on_thread<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        self.shared.helper.run(work).await
+    }
+}
+
 /// Where the bytes of one part of the disk are.
 #[derive(Debug)]
 struct Region {

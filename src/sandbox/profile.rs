@@ -1,0 +1,375 @@
+//! What each kind of thread may ask of the kernel: the tables, and nothing else.
+//!
+//! A rule names a system call and perhaps values that some of its arguments must have. What is not
+//! in a thread's table ends the process. `tests/sandbox.rs` holds both sides of it: every rule
+//! here is needed by that kind of thread, and everything that it does is here.
+//!
+//! A thread is born with the rules of the one that starts it, and gives up what it does not need as
+//! the first thing that it does. So the main thread, which starts all others, has the rules of all
+//! of them besides its own.
+//!
+//! Not here: how a table becomes a filter (`filter`).
+
+/// A kind of thread, by what it may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Profile {
+    /// The main thread: accepts, passes messages on, starts the threads of each connection.
+    Main,
+    /// The framework's thread of a connection, which handles its messages.
+    Control,
+    /// A queue's thread.
+    Queue,
+    /// The thread that reads the tables of qcow2 files.
+    Tables,
+    /// The thread that waits for signals.
+    Signals,
+    /// The process that makes sockets for us (`broker`).
+    Broker,
+}
+
+impl Profile {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Main, Self::Control, Self::Queue, Self::Tables, Self::Signals, Self::Broker];
+
+    /// The kinds of threads that the main thread starts.
+    const CHILDREN: [Self; 4] = [Self::Control, Self::Queue, Self::Tables, Self::Signals];
+
+    /// Its name: one word.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Main => "main",
+            Self::Control => "control",
+            Self::Queue => "queue",
+            Self::Tables => "tables",
+            Self::Signals => "signals",
+            Self::Broker => "broker",
+        }
+    }
+
+    /// What it needs for itself.
+    #[must_use]
+    pub fn own_rules(self) -> &'static [Rule] {
+        match self {
+            Self::Main => MAIN,
+            Self::Control => CONTROL,
+            Self::Queue => QUEUE,
+            Self::Tables => TABLES,
+            Self::Signals => SIGNALS,
+            Self::Broker => BROKER,
+        }
+    }
+
+    /// What it may do: for the main thread also what those need whom it starts.
+    #[must_use]
+    pub fn rules(self) -> Vec<Rule> {
+        let children: &[Self] = if self == Self::Main { &Self::CHILDREN } else { &[] };
+        let inherited = children.iter().flat_map(|child| child.own_rules());
+        self.own_rules().iter().chain(inherited).copied().collect()
+    }
+}
+
+/// A system call that is allowed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rule {
+    /// Its name.
+    pub name: &'static str,
+    /// Its number on this machine.
+    pub number: i64,
+    /// Allowed only if all of these hold.
+    pub checks: &'static [Check],
+}
+
+/// What an argument must be: `argument & mask == value`. The lower 32 bits, which is all that the
+/// kernel looks at in the arguments that are checked here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Check {
+    /// Which argument, from 0.
+    pub argument: u8,
+    /// The bits that count.
+    pub mask: u32,
+    /// What they must be.
+    pub value: u32,
+}
+
+/// A rule for a system call of the `libc` crate.
+macro_rules! call {
+    ($name:ident: $number:ident $(, $argument:literal & $mask:expr => $value:expr)*) => {
+        Rule {
+            name: stringify!($name),
+            number: libc::$number,
+            checks: &[$(Check { argument: $argument, mask: $mask, value: $value }),*],
+        }
+    };
+}
+
+/// A rule for what happens on some hosts, or seldom: no test can make it happen here.
+#[derive(Debug, Clone, Copy)]
+pub struct Rare {
+    /// Whose it is.
+    pub profile: Profile,
+    /// The call.
+    pub name: &'static str,
+    /// When it happens.
+    pub when: &'static str,
+}
+
+/// All of them.
+pub const RARE: &[Rare] = &[
+    rare(Profile::Queue, "clock_gettime", "the kernel's clock cannot be read without a call"),
+    rare(Profile::Queue, "sched_yield", "two threads are at the same place of a channel"),
+    rare(Profile::Tables, "sched_yield", "two threads are at the same place of a channel"),
+    rare(Profile::Queue, "mremap", "a list grows past the size for which memory is mapped alone"),
+    rare(Profile::Tables, "mremap", "a list grows past the size for which memory is mapped alone"),
+    rare(Profile::Tables, "mmap", "a large compressed cluster is inflated"),
+    #[cfg(debug_assertions)]
+    rare(Profile::Queue, "fcntl", "a queue is the last to use a descriptor of the front end's"),
+    rare(Profile::Signals, "futex", "two threads write to the log at once"),
+    rare(Profile::Control, "brk", "the memory of the process is used up"),
+    rare(Profile::Queue, "brk", "the memory of the process is used up"),
+    rare(Profile::Tables, "brk", "the memory of the process is used up"),
+    rare(Profile::Main, "brk", "the memory of the process is used up"),
+];
+
+/// A rare rule.
+const fn rare(profile: Profile, name: &'static str, when: &'static str) -> Rare {
+    Rare { profile, name, when }
+}
+
+/// All bits of an argument.
+const ALL: u32 = u32::MAX;
+
+/// A flag or command of the `libc` crate, which are signed there.
+const fn bits(value: i32) -> u32 {
+    value.cast_unsigned()
+}
+
+/// `PROT_EXEC`: memory whose bytes may be run.
+const EXECUTABLE: u32 = bits(libc::PROT_EXEC);
+
+/// What `pthread_create` asks of clone(2): a thread of this process, and nothing that would make it
+/// anything else. musl sets `CLONE_DETACHED` as well, which does nothing.
+const THREAD_FLAGS: u32 = bits(
+    libc::CLONE_VM
+        | libc::CLONE_FS
+        | libc::CLONE_FILES
+        | libc::CLONE_SIGHAND
+        | libc::CLONE_THREAD
+        | libc::CLONE_SYSVSEM
+        | libc::CLONE_SETTLS
+        | libc::CLONE_PARENT_SETTID
+        | libc::CLONE_CHILD_CLEARTID,
+);
+
+/// `io_uring_register` operations: before a ring is enabled, and files of the disk afterwards.
+mod register {
+    /// Memory, with `--register-memory`.
+    pub const BUFFERS: u32 = 0;
+    /// A file of the disk.
+    pub const FILES_UPDATE: u32 = 6;
+    /// What the ring may do.
+    pub const RESTRICTIONS: u32 = 11;
+    /// The ring may be used.
+    pub const ENABLE_RINGS: u32 = 12;
+    /// Room for files.
+    pub const FILES2: u32 = 13;
+}
+
+/// Make a socket (not) wait.
+const FIONBIO: u32 = 0x5421;
+
+/// Level of options of any socket.
+const SOL_SOCKET: u32 = bits(libc::SOL_SOCKET);
+
+/// Which family a socket is of.
+const SO_DOMAIN: u32 = bits(libc::SO_DOMAIN);
+
+/// Which type a socket has.
+const SO_TYPE: u32 = bits(libc::SO_TYPE);
+
+/// `F_ADD_SEALS`.
+const F_ADD_SEALS: u32 = bits(libc::F_ADD_SEALS);
+
+/// `F_GET_SEALS`.
+const F_GET_SEALS: u32 = bits(libc::F_GET_SEALS);
+
+/// The signal that glibc takes for itself when the first thread is started.
+const SIGSETXID: u32 = 33;
+
+/// `SECCOMP_SET_MODE_FILTER`: one more filter, which can only take rights away.
+const SECCOMP_FILTER: u32 = 1;
+
+/// Waiting for several descriptors, as the C library does it on this machine.
+#[cfg(target_arch = "x86_64")]
+const EPOLL_WAIT: Rule = call!(epoll_wait: SYS_epoll_wait);
+/// Waiting for several descriptors, as the C library does it on this machine.
+#[cfg(not(target_arch = "x86_64"))]
+const EPOLL_WAIT: Rule = call!(epoll_pwait: SYS_epoll_pwait);
+
+/// Without optimisation the standard library looks whether a descriptor is open before it closes
+/// it.
+#[cfg(debug_assertions)]
+const CLOSE_CHECK: Rule = call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_GETFD));
+
+/// The main thread, for itself.
+const MAIN: &[Rule] = &[
+    // Front ends.
+    call!(accept4: SYS_accept4),
+    call!(ppoll: SYS_ppoll),
+    call!(recvmsg: SYS_recvmsg),
+    call!(sendmsg: SYS_sendmsg),
+    call!(ioctl: SYS_ioctl, 1 & ALL => FIONBIO),
+    call!(close: SYS_close),
+    call!(write: SYS_write),
+    // What a connection consists of.
+    call!(epoll_create1: SYS_epoll_create1),
+    call!(epoll_ctl: SYS_epoll_ctl),
+    call!(eventfd2: SYS_eventfd2),
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_DUPFD_CLOEXEC)),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
+    // What outlives us (vhost_user/recovery.rs).
+    call!(memfd_create: SYS_memfd_create),
+    call!(ftruncate: SYS_ftruncate),
+    call!(fcntl: SYS_fcntl, 1 & ALL => F_ADD_SEALS),
+    call!(fcntl: SYS_fcntl, 1 & ALL => F_GET_SEALS),
+    call!(fstat: SYS_fstat),
+    call!(fstatfs: SYS_fstatfs),
+    call!(lseek: SYS_lseek),
+    call!(getrandom: SYS_getrandom),
+    // The disk, between connections and at the end.
+    call!(preadv: SYS_preadv),
+    call!(pwritev: SYS_pwritev),
+    call!(fdatasync: SYS_fdatasync),
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_OFD_SETLK)),
+    // Its mappings.
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_GETFL)),
+    call!(mincore: SYS_mincore),
+    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => bits(libc::SIGBUS)),
+    // Memory.
+    call!(brk: SYS_brk),
+    call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+    call!(mprotect: SYS_mprotect, 2 & EXECUTABLE => 0),
+    call!(munmap: SYS_munmap),
+    // Starting threads, and what these do before they have a profile of their own.
+    call!(clone: SYS_clone, 0 & (ALL ^ bits(libc::CLONE_DETACHED)) => THREAD_FLAGS),
+    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => SIGSETXID),
+    call!(rt_sigprocmask: SYS_rt_sigprocmask),
+    call!(futex: SYS_futex),
+    call!(rseq: SYS_rseq),
+    call!(set_robust_list: SYS_set_robust_list),
+    call!(sigaltstack: SYS_sigaltstack),
+    call!(sched_getaffinity: SYS_sched_getaffinity),
+    call!(gettid: SYS_gettid),
+    call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
+    call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NO_NEW_PRIVS)),
+    call!(seccomp: SYS_seccomp, 0 & ALL => SECCOMP_FILTER),
+    // The end.
+    call!(exit_group: SYS_exit_group),
+];
+
+/// The framework's thread of a connection.
+const CONTROL: &[Rule] = &[
+    call!(recvmsg: SYS_recvmsg),
+    call!(sendmsg: SYS_sendmsg),
+    call!(shutdown: SYS_shutdown),
+    call!(getsockopt: SYS_getsockopt, 1 & ALL => SOL_SOCKET, 2 & ALL => SO_DOMAIN),
+    call!(getsockopt: SYS_getsockopt, 1 & ALL => SOL_SOCKET, 2 & ALL => SO_TYPE),
+    call!(ppoll: SYS_ppoll),
+    call!(write: SYS_write),
+    call!(close: SYS_close),
+    call!(epoll_ctl: SYS_epoll_ctl),
+    call!(eventfd2: SYS_eventfd2),
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_DUPFD_CLOEXEC)),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
+    // Guest memory, and its pages that go missing (storage/fault_guard.rs).
+    call!(fstat: SYS_fstat),
+    call!(fstatfs: SYS_fstatfs),
+    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => bits(libc::SIGBUS)),
+    call!(brk: SYS_brk),
+    call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+    call!(munmap: SYS_munmap),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(futex: SYS_futex),
+    call!(rt_sigprocmask: SYS_rt_sigprocmask),
+    call!(sigaltstack: SYS_sigaltstack),
+    call!(exit: SYS_exit),
+];
+
+/// A queue's thread.
+const QUEUE: &[Rule] = &[
+    EPOLL_WAIT,
+    call!(io_uring_setup: SYS_io_uring_setup),
+    call!(io_uring_enter: SYS_io_uring_enter),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::BUFFERS),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::FILES_UPDATE),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::RESTRICTIONS),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::ENABLE_RINGS),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::FILES2),
+    call!(read: SYS_read),
+    call!(write: SYS_write),
+    call!(ppoll: SYS_ppoll),
+    call!(fdatasync: SYS_fdatasync),
+    call!(close: SYS_close),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
+    call!(getrandom: SYS_getrandom),
+    call!(brk: SYS_brk),
+    call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+    call!(mremap: SYS_mremap),
+    call!(munmap: SYS_munmap),
+    call!(mincore: SYS_mincore),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_POPULATE_READ)),
+    call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
+    call!(futex: SYS_futex),
+    call!(sched_yield: SYS_sched_yield),
+    call!(clock_gettime: SYS_clock_gettime),
+    // A page of a mapped file that is gone (storage/fault_guard.rs).
+    call!(rt_sigreturn: SYS_rt_sigreturn),
+    call!(rt_sigprocmask: SYS_rt_sigprocmask),
+    call!(sigaltstack: SYS_sigaltstack),
+    call!(exit: SYS_exit),
+];
+
+/// The thread that reads the tables of qcow2 files.
+const TABLES: &[Rule] = &[
+    call!(futex: SYS_futex),
+    call!(sched_yield: SYS_sched_yield),
+    call!(preadv: SYS_preadv),
+    call!(write: SYS_write),
+    call!(getrandom: SYS_getrandom),
+    call!(brk: SYS_brk),
+    call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+    call!(mremap: SYS_mremap),
+    call!(munmap: SYS_munmap),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(rt_sigprocmask: SYS_rt_sigprocmask),
+    call!(sigaltstack: SYS_sigaltstack),
+    call!(exit: SYS_exit),
+];
+
+/// The thread that waits for signals.
+const SIGNALS: &[Rule] = &[
+    call!(rt_sigtimedwait: SYS_rt_sigtimedwait),
+    call!(write: SYS_write),
+    call!(futex: SYS_futex),
+];
+
+/// The process that makes sockets.
+const BROKER: &[Rule] = &[
+    call!(recvmsg: SYS_recvmsg),
+    call!(sendmsg: SYS_sendmsg),
+    call!(socket: SYS_socket, 0 & ALL => bits(libc::AF_UNIX)),
+    call!(bind: SYS_bind),
+    call!(listen: SYS_listen),
+    call!(connect: SYS_connect),
+    call!(close: SYS_close),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
+    call!(newfstatat: SYS_newfstatat),
+    call!(unlinkat: SYS_unlinkat),
+    call!(exit_group: SYS_exit_group),
+];

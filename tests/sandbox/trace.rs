@@ -1,0 +1,171 @@
+//! What strace(1) saw the daemon do, thread by thread, held against the tables of rules.
+//!
+//! A call counts for the profile that the thread has at that moment: none before the main thread
+//! has entered its own, that of the main thread until a thread that it has started enters its own.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use addcow::sandbox::profile::{Profile, Rule};
+
+use crate::common::TIMEOUT;
+use crate::common::disk::DAEMON;
+
+/// `SECCOMP_SET_MODE_FILTER`.
+const SET_FILTER: u64 = 1;
+
+/// Filters that the main thread installs.
+const MAIN_FILTERS: usize = 2;
+
+/// The command that traces the daemon into `file`. The daemon is the process that it starts; the
+/// tracer is beside it.
+pub fn command(file: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new("strace");
+    // Numbers for all arguments, but names for what prctl does, since it names threads.
+    command.args(["-D", "-f", "-q", "-e", "raw=!prctl", "-e", "signal=none", "-o"]);
+    command.arg(file).arg(DAEMON).args(arguments);
+    command
+}
+
+/// What one thread is known to be.
+#[derive(Debug, Clone, Copy)]
+struct Thread {
+    /// What it says that it is, or what its parent is.
+    kind: Profile,
+    /// How many filters it has installed.
+    filters: usize,
+    /// Whether the main thread had entered its profile when this one was born.
+    inherits: bool,
+}
+
+impl Thread {
+    /// The profile that holds for it now.
+    fn profile(&self) -> Option<Profile> {
+        let own = if self.kind == Profile::Main { MAIN_FILTERS } else { 1 };
+        if self.filters >= own {
+            Some(self.kind)
+        } else {
+            // The tables thread is older than the sandbox, and enters it by itself.
+            (self.inherits && self.kind != Profile::Tables).then_some(Profile::Main)
+        }
+    }
+}
+
+/// What was seen, of several daemons.
+#[derive(Debug, Default)]
+pub struct Seen {
+    /// Rules that were needed: profile, and the rule's place in the profile's own table.
+    needed: BTreeSet<(Profile, usize)>,
+    /// Calls that no rule of the thread's profile allows, with the profile.
+    pub strange: BTreeMap<String, Profile>,
+    /// How many calls of confined threads were looked at.
+    pub calls: u64,
+}
+
+impl Seen {
+    /// Adds what is in `file`, which is complete once the tracer has ended.
+    pub fn add(&mut self, file: &Path) {
+        let end = Instant::now() + TIMEOUT;
+        let text = loop {
+            let text = std::fs::read_to_string(file).expect("the tracer's file");
+            let first = text.split(' ').next().unwrap_or_default();
+            if text.lines().rev().take(50).any(|l| l.starts_with(first) && l.contains("+++")) {
+                break text;
+            }
+            assert!(Instant::now() < end, "the tracer does not end");
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        let mut threads: BTreeMap<&str, Thread> = BTreeMap::new();
+        let mut confined = false;
+        for line in text.lines() {
+            let Some((thread, rest)) = line.split_once(' ') else { continue };
+            let rest = rest.trim_start();
+            if rest.starts_with("+++") {
+                threads.remove(thread);
+                continue;
+            }
+            let kind = Profile::Main;
+            let inherits = confined && !threads.is_empty();
+            let state = threads.entry(thread).or_insert(Thread { kind, filters: 0, inherits });
+            if let Some((name, arguments)) = parse(rest) {
+                self.call(state, name, &arguments, rest);
+                let is_filter = name == "seccomp" && arguments.first() == Some(&SET_FILTER);
+                state.filters += usize::from(is_filter);
+                confined |= state.kind == Profile::Main && state.filters == MAIN_FILTERS;
+            }
+        }
+    }
+
+    /// Notes a call.
+    fn call(&mut self, thread: &mut Thread, name: &str, arguments: &[u64], line: &str) {
+        if let Some(kind) = kind_of(line) {
+            thread.kind = if thread.filters == 0 { kind } else { thread.kind };
+        }
+        let Some(profile) = thread.profile() else { return };
+        // Answered with "no such call", so that clone is used.
+        if name == "clone3" && profile == Profile::Main {
+            return;
+        }
+        self.calls += 1;
+        for (index, rule) in profile.own_rules().iter().enumerate() {
+            if allows(rule, name, arguments) {
+                self.needed.insert((profile, index));
+            }
+        }
+        if !profile.rules().iter().any(|rule| allows(rule, name, arguments)) {
+            self.strange.insert(line.to_owned(), profile);
+        }
+    }
+
+    /// The rules of a profile that were not needed.
+    pub fn idle(&self, profile: Profile) -> Vec<&'static Rule> {
+        let rules = profile.own_rules().iter().enumerate();
+        rules.filter(|(i, _)| !self.needed.contains(&(profile, *i))).map(|(_, rule)| rule).collect()
+    }
+}
+
+/// What a thread is that gives itself a name.
+fn kind_of(line: &str) -> Option<Profile> {
+    let name = line.strip_prefix("prctl(PR_SET_NAME, \"")?.split('"').next()?;
+    match name {
+        "vring_worker" => Some(Profile::Queue),
+        "control" => Some(Profile::Control),
+        "tables" => Some(Profile::Tables),
+        "signals" => Some(Profile::Signals),
+        "addcowd-broker" => Some(Profile::Broker),
+        _ => None,
+    }
+}
+
+/// Whether a rule allows a call.
+fn allows(rule: &Rule, name: &str, arguments: &[u64]) -> bool {
+    rule.name == name
+        && rule.checks.iter().all(|check| {
+            let argument = arguments.get(usize::from(check.argument)).copied().unwrap_or(0);
+            argument & u64::from(check.mask) == u64::from(check.value)
+        })
+}
+
+/// The name and the arguments of a call; `None` for the second half of one, and for other lines.
+fn parse(text: &str) -> Option<(&str, Vec<u64>)> {
+    let (name, rest) = text.split_once('(')?;
+    if name.is_empty() || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_') {
+        return None;
+    }
+    let end = rest.find([')', '<']).unwrap_or(rest.len());
+    Some((name, rest[..end].split(',').map(|word| number(word.trim())).collect()))
+}
+
+/// An argument as strace prints it.
+fn number(word: &str) -> u64 {
+    match word {
+        "PR_SET_NAME" => 15,
+        "PR_SET_NO_NEW_PRIVS" => 38,
+        _ => {
+            let hex = word.strip_prefix("0x").map(|digits| u64::from_str_radix(digits, 16));
+            hex.and_then(Result::ok).or_else(|| word.parse().ok()).unwrap_or(0)
+        }
+    }
+}
