@@ -102,19 +102,19 @@ mod tests {
         let mut uring = build(8).unwrap();
         let here = types::Fd(libc::AT_FDCWD);
         let refused = [
-            opcode::OpenAt::new(here, c"/".as_ptr()).build(8),
-            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(8),
-            opcode::UnlinkAt::new(here, c"nothing".as_ptr()).build(8),
-            opcode::Close::new(types::Fd(-1)).build(8),
-            opcode::Nop::new().build(8),
+            opcode::OpenAt::new(here, c"/".as_ptr()).build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::UnlinkAt::new(here, c"nothing".as_ptr()).build(),
+            opcode::Close::new(types::Fd(-1)).build(),
+            opcode::Nop::new().build(),
             // What it does ask for, but linked to the next, or drained.
-            opcode::Fsync::new(types::Fd(-1)).build(8).flags(squeue::Flags::IO_LINK),
-            opcode::Fsync::new(types::Fd(-1)).build(8).flags(squeue::Flags::IO_DRAIN),
+            opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::IO_LINK),
+            opcode::Fsync::new(types::Fd(-1)).build().flags(squeue::Flags::IO_DRAIN),
         ];
         for entry in refused {
             assert_eq!(answer(&mut uring, entry), -libc::EACCES);
         }
-        let allowed = opcode::Fsync::new(types::Fd(-1)).build(8);
+        let allowed = opcode::Fsync::new(types::Fd(-1)).build();
         assert_eq!(answer(&mut uring, allowed), -libc::EBADF);
         let eventfd = uring.submitter().register_eventfd(0).unwrap_err();
         assert_eq!(eventfd.raw_os_error(), Some(libc::EACCES));
