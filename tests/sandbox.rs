@@ -28,7 +28,7 @@ use common::disk::{DAEMON, Daemon, Disk, Shape, TOOL};
 use common::guest::{Guest, Setup};
 use common::request::{OK, Request};
 use common::score::score;
-use common::{KIB, MIB, SECTOR, TIMEOUT, assert_bytes, pattern};
+use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern};
 use probe::{End, call, in_child};
 use rustix::process::{Pid, Signal, kill_process};
 use vhost::vhost_user::VhostUserFrontend;
@@ -140,6 +140,27 @@ fn without_the_sandbox_the_daemon_says_so() {
     drop(guest);
     daemon.stop();
     assert!(!disk.path("sock").exists(), "the broker removes the socket");
+}
+
+#[test]
+fn no_other_suite_leaves_the_sandbox() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut folders: Vec<_> = ["tests", "scripts"].iter().map(|name| root.join(name)).collect();
+    let mut looked_at = 0;
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).expect("a folder").flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+                continue;
+            }
+            let text = fs::read(&path).expect("a file");
+            let leaves = String::from_utf8_lossy(&text).contains("--no-sandbox");
+            assert_eq!(leaves, path.ends_with("tests/sandbox.rs"), "{}", path.display());
+            looked_at += 1;
+        }
+    }
+    assert!(looked_at > 100, "only {looked_at} files");
 }
 
 #[test]
@@ -330,30 +351,37 @@ fn without_privileges_root_is_nobody() {
     assert_eq!(end, End::Exit(0), "10 and more: what was not refused, in the order of the test");
 }
 
-/// A disk whose base is a small qcow2 file: one cluster of data, one table of each kind.
+/// A disk whose base is a qcow2 file with the smallest clusters, so that there is much to look up:
+/// the first 32 KiB are data, the rest is not there.
 #[expect(clippy::big_endian_bytes, reason = "qcow2 is big-endian")]
 fn over_qcow2() -> Disk {
     let disk = Disk::small();
-    let cluster = 64 * KIB;
+    let cluster = 512;
+    let entries = 4 * MIB / (64 * cluster);
     let mut header = b"QFI\xfb\0\0\0\x02".to_vec();
     header.extend([0; 12]);
-    header.extend(16_u32.to_be_bytes());
+    header.extend(9_u32.to_be_bytes());
     header.extend((4 * MIB).to_be_bytes());
     header.extend([0; 4]);
-    header.extend(1_u32.to_be_bytes());
+    header.extend(u32::try_from(entries).expect("few entries").to_be_bytes());
     header.extend((3 * cluster).to_be_bytes());
     header.extend(cluster.to_be_bytes());
     header.extend(1_u32.to_be_bytes());
     header.extend([0; 12]);
-    let file = File::create(disk.path("base.qcow2")).expect("a file");
     let copied = 1_u64 << 63;
-    file.set_len(6 * cluster).expect("its length");
-    file.write_all_at(&header, 0).expect("the header");
-    file.write_all_at(&(2 * cluster).to_be_bytes(), cluster).expect("the refcount table");
-    file.write_all_at(&[0, 1].repeat(6), 2 * cluster).expect("the refcounts");
-    file.write_all_at(&(copied | (4 * cluster)).to_be_bytes(), 3 * cluster).expect("L1");
-    file.write_all_at(&(copied | (5 * cluster)).to_be_bytes(), 4 * cluster).expect("L2");
-    file.write_all_at(&pattern(5, 0, 64 << 10), 5 * cluster).expect("the data");
+    let tables: Vec<u8> =
+        (0..64).flat_map(|index| (copied | ((6 + index) * cluster)).to_be_bytes()).collect();
+    let file = File::create(disk.path("base.qcow2")).expect("a file");
+    for (at, bytes) in [
+        (0, header),
+        (1, (2 * cluster).to_be_bytes().to_vec()),
+        (2, [0, 1].repeat(70)),
+        (3, (copied | (5 * cluster)).to_be_bytes().to_vec()),
+        (5, tables),
+        (6, pattern(5, 0, 32 << 10)),
+    ] {
+        file.write_all_at(&bytes, at * cluster).expect("a part of the file");
+    }
     for name in ["disk.add-cow", "disk.raw"] {
         fs::remove_file(disk.path(name)).expect("the old disk");
     }
@@ -376,6 +404,7 @@ fn traced(disk: &Disk, options: &[&str]) -> Daemon {
 fn an_ordinary_life(disk: &Disk, options: &[&str]) {
     let mut daemon = traced(disk, options);
     let mut guest = Guest::start_recoverable(daemon.connect(), Setup::queues(2, 64));
+    guest.read_all();
     guest.write(0, &pattern(1, 0, 8192));
     guest.write(17, &pattern(2, 17, SECTOR));
     guest.read(0, 65536);
@@ -465,6 +494,9 @@ fn no_rule_is_idle_and_nothing_else_is_asked_for() {
             }
         }
     }
+    let rules: usize = Profile::ALL.iter().map(|profile| profile.own_rules().len()).sum();
+    let figures = [("rules", rules), ("rare", RARE.len()), ("idle", idle.len())];
+    score("sandbox_rules", &figures.map(|(key, count)| (key, common::to_u64(count))));
     assert!(idle.is_empty(), "never needed:\n{}", idle.join("\n"));
 }
 
@@ -559,7 +591,9 @@ fn an_unprivileged_user_can_run_it() {
     }
     // Others may not look into the folder where it was built.
     let program = disk.path("addcowd");
-    fs::copy(DAEMON, &program).expect("a copy of the daemon");
+    // Not by ourselves: a child that another test starts meanwhile would hold the file for writing.
+    let copied = Command::new("cp").arg(DAEMON).arg(&program).status();
+    assert!(copied.expect("run cp").success(), "a copy of the daemon");
     for options in [&[][..], &["--register-memory"]] {
         let mut command = Command::new(&program);
         command.args(["--blk-file", "disk.add-cow", "--socket-path", "sock"]).args(options);

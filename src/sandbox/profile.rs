@@ -125,10 +125,16 @@ pub const RARE: &[Rare] = &[
     rare(Profile::Tables, "mmap", "a large compressed cluster is inflated"),
     #[cfg(debug_assertions)]
     rare(Profile::Queue, "fcntl", "a queue is the last to use a descriptor of the front end's"),
+    rare(Profile::Tables, "munmap", "the disk is closed before the process has ended"),
+    rare(Profile::Tables, "madvise", "the disk is closed before the process has ended"),
+    rare(Profile::Tables, "rt_sigprocmask", "the disk is closed before the process has ended"),
+    rare(Profile::Tables, "sigaltstack", "the disk is closed before the process has ended"),
+    rare(Profile::Tables, "exit", "the disk is closed before the process has ended"),
     rare(Profile::Signals, "futex", "two threads write to the log at once"),
     rare(Profile::Control, "brk", "the memory of the process is used up"),
     rare(Profile::Queue, "brk", "the memory of the process is used up"),
     rare(Profile::Tables, "brk", "the memory of the process is used up"),
+    rare(Profile::Main, "madvise", "a C library of 2025 guards the stacks of threads with it"),
     rare(Profile::Main, "brk", "the memory of the process is used up"),
 ];
 
@@ -194,6 +200,12 @@ const F_ADD_SEALS: u32 = bits(libc::F_ADD_SEALS);
 /// `F_GET_SEALS`.
 const F_GET_SEALS: u32 = bits(libc::F_GET_SEALS);
 
+/// Makes pages of a stack raise a fault, as glibc 2.42 does it.
+const MADV_GUARD_INSTALL: u32 = 102;
+
+/// Makes them usable again.
+const MADV_GUARD_REMOVE: u32 = 103;
+
 /// The signal that glibc takes for itself when the first thread is started.
 const SIGSETXID: u32 = 33;
 
@@ -253,6 +265,8 @@ const MAIN: &[Rule] = &[
     call!(mprotect: SYS_mprotect, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
     // Starting threads, and what these do before they have a profile of their own.
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_INSTALL),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_REMOVE),
     call!(clone: SYS_clone, 0 & (ALL ^ bits(libc::CLONE_DETACHED)) => THREAD_FLAGS),
     call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => SIGSETXID),
     call!(rt_sigprocmask: SYS_rt_sigprocmask),

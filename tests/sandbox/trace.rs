@@ -71,7 +71,8 @@ impl Seen {
         let text = loop {
             let text = std::fs::read_to_string(file).expect("the tracer's file");
             let first = text.split(' ').next().unwrap_or_default();
-            if text.lines().rev().take(50).any(|l| l.starts_with(first) && l.contains("+++")) {
+            let is_end = |line: &str| line.split(' ').next() == Some(first) && line.contains("+++");
+            if text.lines().rev().any(is_end) {
                 break text;
             }
             assert!(Instant::now() < end, "the tracer does not end");
