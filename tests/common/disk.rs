@@ -260,8 +260,10 @@ pub struct Daemon {
 impl Daemon {
     /// Starts the daemon in `dir` with `args` and perhaps a socket as standard input.
     pub fn spawn(dir: &Path, args: &[&str], socket: Option<OwnedFd>) -> Self {
+        // Sanitizers make system calls of their own: scripts/sanitize turns the sandbox off.
+        let more = std::env::var("ADDCOW_DAEMON_OPTIONS").unwrap_or_default();
         let mut command = Command::new(DAEMON);
-        command.args(args);
+        command.args(args).args(more.split_whitespace());
         Self::spawn_by(command, dir, socket)
     }
 
