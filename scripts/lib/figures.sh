@@ -14,9 +14,9 @@ suites() {
         grep -qs '\bscore(' "$file" || continue
         name=$(basename "$file" .rs)
         case $name in
-            seeded) say "$name --features seeded-bugs" ;;
-            loom | shuttle) say "$name --features $name" ;;
-            *) say "$name" ;;
+            seeded) say "$name --test $name --features seeded-bugs" ;;
+            loom | shuttle) say "$name --example $name --features $name" ;;
+            *) say "$name --test $name" ;;
         esac
     done
 }
