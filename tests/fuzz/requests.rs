@@ -26,7 +26,7 @@ use addcow::storage::sim::{SimDisk, SimStorage};
 use addcow::virtio::chain::{self, Chain};
 use addcow::virtio::config::DeviceConfig;
 use addcow::virtio::device::{BlockDevice, DeviceState};
-use addcow::virtio::guest_memory::GuestMap;
+use addcow::virtio::guest_memory::{GuardedMemory, GuestMap};
 use addcow::virtio::request::Used;
 use addcow::virtio::ring::{RingSetup, SplitRing};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -141,7 +141,7 @@ impl Bench {
         let files = Files::new(input, concurrent, read_only);
         let ranges = REGIONS.map(|(start, len)| (GuestAddress(start), len));
         let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).expect("memory"));
-        let map = GuestMap::new(Arc::clone(&memory));
+        let map = GuestMap::new(GuardedMemory::new(Arc::clone(&memory)).expect("guards"));
         let ring_bits = input.u8();
         let (size, rings) = match mode & 1 {
             0 => (1 << (ring_bits % 8), RINGS),
