@@ -77,6 +77,8 @@ fn allocations(ring: &Ring, image: Image<impl Storage>, kind: u32) -> u64 {
             issued += 1;
             if let Some(used) = pool.start(device.serve(chain)) {
                 finish(&mut queue, &mut free, used);
+                // A driver uses a slot again when it has seen the answer.
+                queue.virtqueue.publish();
                 done += 1;
             }
             if issued == blocks / 4 {

@@ -6,9 +6,10 @@
 //! by `common/registers.rs`. Each history begins on clusters that nobody has written, so copying up
 //! goes on beside everything else.
 //!
-//! With direct I/O a sector that is torn fails at once. The page cache copies sectors word by word,
-//! also while somebody else writes them (no host promises more), so there the words of a sector
-//! are the registers: a read may tear between two writes that it overlaps, and between no others.
+//! With direct I/O a sector that is torn fails at once. The page cache copies sectors piece by
+//! piece, also while somebody else writes them (no host promises more), so there the words of a
+//! sector, and if need be its bytes, are the registers: a read may tear between two writes that it
+//! overlaps, and between no others.
 //!
 //! `ADDCOW_SEED=N` runs other sequences (schedules are the machine's), `ADDCOW_HISTORIES=N` more.
 //!
@@ -339,10 +340,29 @@ fn check_sector(ground: &Ground, sector: u64, effects: &Effects<'_>) {
         if let Err(at) = registers::check(before, &events) {
             let around = &events[at.saturating_sub(12)..(at + 12).min(events.len())];
             let what = format!("word {word} of sector {sector}");
-            panic!("{what} is no register at {:x?} in {around:#x?}", events[at]);
+            let may_tear = words > 1 && are_registers(ground, sector, word, &events);
+            assert!(may_tear, "{what} is no register at {:x?} in {around:#x?}", events[at]);
         }
         last = events;
     }
+}
+
+/// Whether the bytes of a word of a torn sector are registers. Processors that copy with one
+/// instruction for the whole (`rep movs`) may be interrupted at any byte: found by the soak, in a
+/// read of zeros being overwritten that saw the first byte of a word still zero.
+fn are_registers(ground: &Ground, sector: u64, word: usize, events: &[Event]) -> bool {
+    let before = u64::from_le_bytes(ground.before(sector).as_chunks().0[word]);
+    (0..8).all(|byte| {
+        let of = |tag| if tag == INITIAL { before } else { tag } >> (8 * byte) & 0xff;
+        let action = |action| match action {
+            Action::Read(tag) => Action::Read(of(tag)),
+            Action::Write(tag) => Action::Write(of(tag)),
+            Action::Perhaps(tag) => Action::Perhaps(of(tag)),
+        };
+        let events: Vec<Event> =
+            events.iter().map(|event| Event { action: action(event.action), ..*event }).collect();
+        registers::check(of(before), &events).is_ok()
+    })
 }
 
 /// Runs histories on a disk of `shape`.
@@ -455,4 +475,36 @@ fn a_read_may_tear_between_writes_that_it_overlaps() {
 #[should_panic(expected = "is no register")]
 fn a_sector_torn_by_an_old_write_is_refused() {
     check_torn([(1, 2), (3, 4)], (5, 6));
+}
+
+/// As [`check_torn`], but it is the first word that is torn, behind its first `bytes` bytes.
+fn check_torn_word(writes: [(u64, u64); 2], read: (u64, u64), bytes: usize) {
+    let ground = Ground {
+        mem: Arc::new(Memory::new()),
+        initial: Arc::new(vec![0; to_usize(PART) * SECTOR]),
+        clock: Arc::new(AtomicU64::new(1)),
+        first: 0,
+        hot: 0,
+    };
+    let timed = |kind, (start, end)| Record { start, end, ..Record::new(kind, 3, 1) };
+    let mut words = vec![tag(0x102, 3); SECTOR / 8];
+    let mut first = words[0].to_le_bytes();
+    first[..bytes].copy_from_slice(&tag(0x201, 3).to_le_bytes()[..bytes]);
+    words[0] = u64::from_le_bytes(first);
+    let torn = Record { tags: vec![TORN], torn: [(3, words)].into(), ..timed(Kind::Read, read) };
+    let records =
+        [timed(Kind::Write(0x201), writes[0]), timed(Kind::Write(0x102), writes[1]), torn];
+    check(&ground, &records, &mut Figures::default());
+}
+
+#[test]
+fn a_word_may_tear_between_writes_that_its_read_overlaps() {
+    check_torn_word([(1, 2), (3, 9)], (4, 5), 4);
+    check_torn_word([(1, 9), (2, 8)], (10, 11), 4);
+}
+
+#[test]
+#[should_panic(expected = "is no register")]
+fn a_word_torn_by_an_old_write_is_refused() {
+    check_torn_word([(1, 2), (3, 4)], (5, 6), 4);
 }
