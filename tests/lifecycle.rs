@@ -8,6 +8,7 @@
 mod common;
 
 use std::collections::HashSet;
+use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Output;
 use std::time::{Duration, Instant};
@@ -296,6 +297,24 @@ fn sigterm_with_requests_in_flight_ends_quickly_and_cleanly() {
     });
     let new = new.count();
     assert!(new >= answered.len(), "{} answered, {new} in the files", answered.len());
+}
+
+#[test]
+fn sigterm_ends_quickly_in_the_middle_of_a_message_and_while_nobody_takes_answers() {
+    let disk = Disk::small();
+    let mut half = disk.serve(&[]);
+    let mut stream = half.connect();
+    stream.write_all(&[1, 0, 0, 0]).expect("a third of a header");
+    // Nothing tells that it was read; long enough on any machine, and harmless where it is not.
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(half.terminate(Duration::from_secs(2)).code(), Some(0), "half a message");
+    let mut deaf = disk.serve(&[]);
+    let mut stream = deaf.connect();
+    stream.set_write_timeout(Some(Duration::from_millis(300))).expect("a time limit");
+    // GET_FEATURES without end: at last nobody can send anything any more.
+    let question = [1_u32, 1, 0].map(u32::to_le_bytes);
+    while stream.write_all(question.as_flattened()).is_ok() {}
+    assert_eq!(deaf.terminate(Duration::from_secs(2)).code(), Some(0), "answers not taken");
 }
 
 #[test]

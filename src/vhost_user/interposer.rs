@@ -97,7 +97,8 @@ pub trait InflightMessages {
 }
 
 /// Passes messages between `front` and `framework` until one of them hangs up, or `stop` or
-/// `memory_gone` becomes readable.
+/// `memory_gone` becomes readable, also in the middle of a message: a front end that sends half of
+/// one, or does not take its answers, must not keep us from ending.
 ///
 /// # Errors
 /// If waiting or passing on fails; the connection is of no use then.
@@ -108,6 +109,7 @@ pub fn pass(
     memory_gone: BorrowedFd<'_>,
     device: &impl InflightMessages,
 ) -> io::Result<End> {
+    let ends = &[stop, memory_gone];
     loop {
         let mut fds = [
             PollFd::new(front, PollFlags::IN),
@@ -129,13 +131,14 @@ pub fn pass(
         }
         // Answers first: the framework's last words must reach the front end.
         if framework_ready
-            && !receive_message(framework)?.map_or(Ok(false), |answer| answer.send(front))?
+            && !receive_message(framework, ends)?
+                .map_or(Ok(false), |answer| answer.send(front, ends))?
         {
             return Ok(End::Framework);
         }
         if front_ready {
-            let Some(message) = receive_message(front)? else { return Ok(End::FrontEnd) };
-            if !from_front(message, front, framework, device)? {
+            let Some(message) = receive_message(front, ends)? else { return Ok(End::FrontEnd) };
+            if !from_front(message, front, framework, ends, device)? {
                 return Ok(End::FrontEnd);
             }
         }
@@ -149,8 +152,8 @@ pub fn pass(
 /// If it does not answer.
 pub fn greet(framework: &UnixStream) -> io::Result<()> {
     let header = [GET_FEATURES, FLAG_VERSION, 0].map(u32::to_le_bytes);
-    send(framework, header.as_flattened(), &[])?;
-    match receive_message(framework)? {
+    send(framework, header.as_flattened(), &[], &[])?;
+    match receive_message(framework, &[])? {
         Some(answer) if answer.request() == GET_FEATURES && answer.has_flag(FLAG_REPLY) => Ok(()),
         _ => Err(io::ErrorKind::InvalidData.into()),
     }
@@ -187,19 +190,20 @@ impl Message {
         self.bytes.get(HEADER_LEN..).unwrap_or_default()
     }
 
-    /// Sends it. Returns whether the peer is there.
-    fn send(&self, to: &UnixStream) -> io::Result<bool> {
-        match send(to, &self.bytes, &self.fds) {
+    /// Sends it. Returns whether the peer is there; it may be one of `ends` that says no.
+    fn send(&self, to: &UnixStream, ends: &[BorrowedFd<'_>]) -> io::Result<bool> {
+        match send(to, &self.bytes, &self.fds, ends) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
             result => result.map(|()| true),
         }
     }
 }
 
-/// Receives one message. `None` if the peer hung up, or sent none that may be.
-fn receive_message(from: &UnixStream) -> io::Result<Option<Message>> {
+/// Receives one message. `None` if the peer hung up, or sent none that may be, or one of `ends` is
+/// readable before it is complete.
+fn receive_message(from: &UnixStream, ends: &[BorrowedFd<'_>]) -> io::Result<Option<Message>> {
     let mut message = Message { bytes: vec![0; HEADER_LEN], fds: Vec::new() };
-    if !receive(from, &mut message.bytes, &mut message.fds)? {
+    if !receive(from, &mut message.bytes, &mut message.fds, ends)? {
         return Ok(None);
     }
     let size = word(&message.bytes, 8).and_then(|size| usize::try_from(size).ok());
@@ -208,7 +212,7 @@ fn receive_message(from: &UnixStream) -> io::Result<Option<Message>> {
         return Ok(None);
     }
     message.bytes.resize(HEADER_LEN + size, 0);
-    let whole = receive(from, &mut message.bytes[HEADER_LEN..], &mut message.fds)?;
+    let whole = receive(from, &mut message.bytes[HEADER_LEN..], &mut message.fds, ends)?;
     Ok(whole.then_some(message))
 }
 
@@ -217,16 +221,17 @@ fn from_front(
     message: Message,
     front: &UnixStream,
     framework: &UnixStream,
+    ends: &[BorrowedFd<'_>],
     device: &impl InflightMessages,
 ) -> io::Result<bool> {
     let request = message.request();
     if message.has_flag(FLAG_REPLY) {
-        return message.send(framework);
+        return message.send(framework, ends);
     }
     if matches!(request, GET_INFLIGHT_FD | SET_INFLIGHT_FD) {
         return match answer_inflight(message, device) {
             Ok(None) => Ok(true),
-            Ok(Some(answer)) => answer.send(front),
+            Ok(Some(answer)) => answer.send(front, ends),
             Err(error) => {
                 log::error!("front end: {error}");
                 Ok(false)
@@ -246,7 +251,7 @@ fn from_front(
         log::error!("a queue cannot start: {error}");
         return Ok(false);
     }
-    message.send(framework)
+    message.send(framework, ends)
 }
 
 /// Answers a message about an inflight region.
@@ -290,11 +295,32 @@ fn word(message: &[u8], offset: usize) -> Option<u32> {
     Some(u32::from_le_bytes(*bytes))
 }
 
+/// Waits until `socket` is ready as `wanted`. Returns false if one of `ends` is readable.
+fn wait(socket: &UnixStream, wanted: PollFlags, ends: &[BorrowedFd<'_>]) -> io::Result<bool> {
+    let mut fds = vec![PollFd::new(socket, wanted)];
+    fds.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::IN)));
+    loop {
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            other => other?,
+        };
+        return Ok(fds[1..].iter().all(|end| end.revents().is_empty()));
+    }
+}
+
 /// Receives exactly `bytes.len()` bytes and the descriptors that come with them. Returns false if
-/// the peer hung up before.
-fn receive(from: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<bool> {
+/// the peer hung up before, or one of `ends` is readable.
+fn receive(
+    from: &UnixStream,
+    bytes: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+    ends: &[BorrowedFd<'_>],
+) -> io::Result<bool> {
     let mut done = 0;
     while done < bytes.len() {
+        if !wait(from, PollFlags::IN, ends)? {
+            return Ok(false);
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut parts = [IoSliceMut::new(&mut bytes[done..])];
@@ -318,8 +344,9 @@ fn receive(from: &UnixStream, bytes: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::R
     Ok(true)
 }
 
-/// Sends a message with its descriptors.
-fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
+/// Sends a message with its descriptors. `BrokenPipe` if the peer hung up, or if it does not take
+/// the message and one of `ends` is readable.
+fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd], ends: &[BorrowedFd<'_>]) -> io::Result<()> {
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut done = 0;
     while done < bytes.len() {
@@ -330,8 +357,15 @@ fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> io::Result<()> {
             control.push(SendAncillaryMessage::ScmRights(&borrowed));
         }
         let parts = [IoSlice::new(&bytes[done..])];
-        done += match sendmsg(to, &parts, &mut control, SendFlags::NOSIGNAL) {
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        done += match sendmsg(to, &parts, &mut control, flags) {
             Err(rustix::io::Errno::INTR) => 0,
+            Err(rustix::io::Errno::AGAIN) => {
+                if !wait(to, PollFlags::OUT, ends)? {
+                    return Err(io::ErrorKind::BrokenPipe.into());
+                }
+                0
+            }
             other => other?,
         };
     }

@@ -2,12 +2,12 @@
 //! process: interposer, framework, queues and io_uring over a disk in memory.
 //!
 //! An input is a script: whole steps of a sound front end, single messages with some bytes changed,
-//! raw messages, writes into guest memory and into the inflight region. Whatever it says, the
-//! export has to end when the front end hangs up, leave no descriptor and no thread behind, and the
-//! files have to be a sound disk: unchanged if it is read-only; changed only where a guest wrote if
-//! the script did nothing odd.
+//! raw messages, writes into guest memory and into the inflight region, a memory file that gets
+//! shorter. Whatever it says, the export has to end when the front end hangs up, leave no descriptor
+//! and no thread behind, and the files have to be a sound disk: unchanged if it is read-only;
+//! changed only where a guest wrote if the script did nothing odd.
 //!
-//! Not here: a front end that makes its memory shorter, and what requests do exactly (`requests`).
+//! Not here: the sandbox, and what requests do exactly (`requests`).
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -291,7 +291,8 @@ impl Front {
         let mut index = [0; 2];
         let place = to_u64(queue) * STRIDE + 0x802;
         for _ in 0..40 {
-            self.memory.read_exact_at(&mut index, place).expect("it is that long");
+            // It may be shorter by now.
+            let _ = self.memory.read_at(&mut index, place);
             if u64::from(u16::from_le_bytes(index)) >= REQUESTS {
                 return;
             }
@@ -324,15 +325,23 @@ impl Front {
             27 | 28 => self.raw(input, scratch),
             29 => self.cut_short(input),
             30 => self.stop_early(input),
-            _ => self.take_answers(),
+            _ => self.change_len(input),
         }
+    }
+
+    /// Makes the file behind guest memory shorter, or longer.
+    fn change_len(&mut self, input: &mut Input<'_>) {
+        let len = u64::from(input.u8()) << 10;
+        self.is_tame = false;
+        self.memory.set_len(len).expect("a length");
+        self.take_answers();
     }
 
     /// Writes a byte into guest memory.
     fn poke(&mut self, input: &mut Input<'_>) {
         let at = u64::from(input.u16());
         self.is_tame = false;
-        self.memory.write_all_at(&[input.u8()], at).expect("it is that long");
+        self.memory.write_all_at(&[input.u8()], at).expect("space");
     }
 
     /// Asks for an inflight region.
@@ -476,8 +485,8 @@ impl Front {
             Ok(_) => {}
         }
         self.thread.join().expect("no panic");
-        let mut memory = vec![0; usize::try_from(STRIDE).expect("small") * QUEUES];
-        self.memory.read_exact_at(&mut memory, 0).expect("it is that long");
+        let mut memory = vec![0xff; usize::try_from(STRIDE).expect("small") * QUEUES];
+        let _ = self.memory.read_at(&mut memory, 0).expect("a file in memory");
         let status = |queue: u64| {
             let first = usize::try_from(queue * STRIDE + 0x7000).expect("small");
             &memory[first..first + 5]
