@@ -156,7 +156,9 @@ fn no_other_suite_leaves_the_sandbox() {
             }
             let text = fs::read(&path).expect("a file");
             let leaves = String::from_utf8_lossy(&text).contains("--no-sandbox");
-            assert_eq!(leaves, path.ends_with("tests/sandbox.rs"), "{}", path.display());
+            // The run-time of a sanitizer does what the daemon never does.
+            let may = ["tests/sandbox.rs", "scripts/sanitize"].iter().any(|p| path.ends_with(p));
+            assert!(may || !leaves, "{}", path.display());
             looked_at += 1;
         }
     }

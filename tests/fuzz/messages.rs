@@ -3,9 +3,9 @@
 //!
 //! An input is a script: whole steps of a sound front end, single messages with some bytes changed,
 //! raw messages, writes into guest memory and into the inflight region, a memory file that gets
-//! shorter. Whatever it says, the export has to end when the front end hangs up, leave no descriptor
-//! and no thread behind, and the files have to be a sound disk: unchanged if it is read-only;
-//! changed only where a guest wrote if the script did nothing odd.
+//! shorter. Whatever it says, the export has to end when the front end hangs up, leave no
+//! descriptor and no thread behind, and the files have to be a sound disk: unchanged if it is
+//! read-only; changed only where a guest wrote if the script did nothing odd.
 //!
 //! Not here: the sandbox, and what requests do exactly (`requests`).
 
