@@ -430,6 +430,8 @@ fn call_that_blocks_does_not_keep_the_daemon_from_ending() {
 #[test]
 fn back_end_channel_is_accepted() {
     let (_disk, daemon, mut guest) = small(&[], Setup::default());
+    // The queue has opened what it needs.
+    assert_eq!(guest.status(&Request::flush()), OK);
     let files = daemon.open_files();
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     guest.must("SET_BACKEND_REQ_FD", |front| front.set_backend_request_fd(&theirs));
