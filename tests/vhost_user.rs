@@ -350,6 +350,28 @@ fn memory_can_be_added_and_removed_while_a_ring_runs() {
     assert_eq!(files.len(), 1, "open files after each round: {files:?}");
 }
 
+/// A queue that runs for the first time just then must not go on with the memory before. Its
+/// requests would come back undone, with the status byte as it was: found by a driver whose status
+/// bytes still said OK.
+#[test]
+fn memory_that_is_added_as_rings_start_is_there_for_all_of_them() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&["--num-queues", "4"]);
+    for round in 0..100 {
+        let mut guest = daemon.guest(Setup::queues(4, 128));
+        let extra = guest.mem.extra();
+        guest.must("ADD_MEM_REG", |front| front.add_mem_region(&extra).map(drop));
+        let head = Buffer { addr: guest.mem.alloc_filled(16, 0), len: 16, writable: false };
+        let data = Buffer { addr: EXTRA + 4096, len: 513, writable: true };
+        for queue in 0..4 {
+            guest.rings[queue].add(&[head, data]);
+            guest.kick(queue);
+            let used = guest.rings[queue].wait();
+            assert_eq!(used.len, 513, "round {round}, queue {queue}: not in the added memory");
+        }
+    }
+}
+
 #[test]
 fn memory_regions_that_overlap_are_refused() {
     let disk = Disk::small();

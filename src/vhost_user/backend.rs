@@ -136,13 +136,15 @@ impl BlkBackend {
         self.exit_events.close();
     }
 
-    /// Brings all queues to rest, does something, and lets them go on.
+    /// Brings all queues to rest, does something, and lets them go on. A queue that runs for the
+    /// first time meanwhile waits in [`BlkBackend::register`]: it is known before or starts after,
+    /// and never goes on with what the action has changed.
     fn at_rest(&self, action: impl FnOnce()) {
-        let controls: Vec<_> = self.lock_controls().iter().flatten().cloned().collect();
+        let controls = self.lock_controls();
         // Ask all of them first, so that they drain at the same time.
         let pauses: Vec<Pause<'_>> =
-            controls.iter().map(|control| control.request_pause()).collect();
-        controls.iter().for_each(|control| control.wait_until_left());
+            controls.iter().flatten().map(|control| control.request_pause()).collect();
+        controls.iter().flatten().for_each(|control| control.wait_until_left());
         action();
         drop(pauses);
     }
@@ -175,11 +177,11 @@ impl BlkBackend {
     /// Runs a queue for as long as it is to run.
     fn run_queue(&self, thread: usize, vring: &Vring) {
         self.register(thread, vring.control());
-        // After registering: who closes meanwhile either sees the control or is seen here.
+        let Some(permit) = vring.enter() else { return };
+        // Now that we count as running: who closes either waits for us, or is seen here.
         if self.closing.load(Ordering::SeqCst) {
             return;
         }
-        let Some(permit) = vring.enter() else { return };
         let Some(memory) = self.lock_memory().clone() else { return };
         let map = GuestMap::new(memory);
         let features = self.features.load(Ordering::SeqCst);
