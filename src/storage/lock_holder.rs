@@ -6,7 +6,7 @@
 //!
 //! A help for people, and no more: nothing depends on the answer. None is given for processes of
 //! other users (unless we are root) or of other PID namespaces, for a lock that went away
-//! meanwhile, without /proc, and where the search takes longer than [`MAX_SEARCH`].
+//! meanwhile, without /proc, and where the search takes longer than `MAX_SEARCH`.
 //!
 //! Not here: taking locks (`lock`).
 
