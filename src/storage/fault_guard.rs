@@ -56,9 +56,9 @@ static MISSING: AtomicUsize = AtomicUsize::new(0);
 /// each of them only if it has changed.
 #[must_use]
 pub fn missing_pages() -> usize {
-    // As in `FaultGuard::has_faulted`.
+    // As in `FaultGuard::has_faulted`. And acquired: who sees the number sees the marks it counts.
     fence(Ordering::Acquire);
-    MISSING.load(Ordering::Relaxed)
+    MISSING.load(Ordering::Acquire)
 }
 
 /// What SIGBUS did before.

@@ -46,7 +46,13 @@ pub enum Named<'a> {
     InFolder(&'a Path),
 }
 
-impl Named<'_> {
+impl<'a> Named<'a> {
+    /// A file that lies in `folder`; without one, whoever runs the program.
+    #[must_use]
+    pub fn of(folder: Option<&'a Path>) -> Self {
+        folder.map_or(Self::Operator, Self::InFolder)
+    }
+
     /// The folder of the file that holds the name, if one does.
     #[must_use]
     pub fn folder(self) -> Option<PathBuf> {

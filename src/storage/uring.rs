@@ -37,8 +37,8 @@ use crate::units::ByteRange;
 /// does not fit (IORING_FEAT_NODROP), so this bounds a batch and nothing else.
 const RING_ENTRIES: u32 = 256;
 
-/// Bytes of bounce buffers that the requests of one ring share: 32 small ones or 8 large ones at a
-/// time (`transfer::BOUNCE_LEN`).
+/// Bytes of bounce buffers that the requests of one ring share: 256 of a page, or seven of the
+/// largest (`transfer::BOUNCE_LEN` and what it is widened by).
 const BOUNCE_BUDGET: u32 = 1 << 20;
 
 /// Slots that keep the memory of their segment list for the next operation, and entries of such a

@@ -39,6 +39,9 @@ pub const MAX_QUEUES: u16 = 64;
 /// The largest queue that we accept: the largest that VIRTIO allows (2.7). crosvm makes no smaller.
 pub(super) const MAX_QUEUE_SIZE: usize = 32768;
 
+/// The name of the framework's thread that handles messages.
+pub(super) const CONTROL_THREAD: &str = "control";
+
 /// File system type of FUSE (statfs(2), `FUSE_SUPER_MAGIC`).
 const FUSE_MAGIC: i64 = 0x6573_5546;
 
@@ -67,9 +70,6 @@ pub struct BlkBackend {
     /// What the framework's threads give up.
     sandbox: Sandbox,
 }
-
-/// The name of the framework's thread that handles messages.
-pub(super) const CONTROL_THREAD: &str = "control";
 
 impl std::fmt::Debug for BlkBackend {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -162,7 +162,7 @@ impl Next {
 
     /// Who has named it.
     fn named(&self) -> Named<'_> {
-        self.named_in.as_deref().map_or(Named::Operator, Named::InFolder)
+        Named::of(self.named_in.as_deref())
     }
 }
 
@@ -284,8 +284,7 @@ impl Opener {
         let header = qcow2::header(&file).map_err(io_error("read", role, &path))?;
         let header = header.map_err(refused)?;
         let folder = folder_of(&path);
-        let named = named_in.as_deref().map_or(Named::Operator, Named::InFolder);
-        let mut files = vec![(file, named)];
+        let mut files = vec![(file, Named::of(named_in.as_deref()))];
         if let Some(name) = header.external_data().map_err(refused)? {
             let named = Named::InFolder(folder);
             files.push((self.open_file(FileRole::Data, &name.resolve(folder), named)?, named));
