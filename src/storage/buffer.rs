@@ -30,6 +30,9 @@ pub const PAGE_SIZE: usize = 4096;
 /// The most segments handed to the kernel in one call (`IOV_MAX`, see readv(2)).
 pub const MAX_SEGMENTS: usize = 1024;
 
+/// Bytes that one load of a processor takes, and the size of a header, a descriptor and a segment.
+const FETCH: usize = 16;
+
 /// A piece of contiguous memory.
 #[derive(Clone, Copy)]
 pub struct Segment {
@@ -74,11 +77,29 @@ impl Segment {
         self.address
     }
 
-    /// Copies the segment into `bytes`, which must not be longer. Each byte is read once.
+    /// Copies the segment into `bytes`, which must not be longer. Each byte is fetched once, by
+    /// the processor, too: the usual copying of few bytes takes some of them twice, with loads that
+    /// overlap.
     pub fn read_once(self, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.len);
-        // SAFETY: the segment is mapped: whoever holds it holds its owner (see `Segment::new`).
-        unsafe { bytes.as_mut_ptr().copy_from_nonoverlapping(self.address.as_ptr(), bytes.len()) };
+        let whole = bytes.len() - bytes.len() % FETCH;
+        let (blocks, rest) = bytes.as_chunks_mut::<FETCH>();
+        for (block, at) in blocks.iter_mut().zip((0..).step_by(FETCH)) {
+            *block = self.fetch(at);
+        }
+        for (byte, at) in rest.iter_mut().zip(whole..) {
+            [*byte] = self.fetch(at);
+        }
+    }
+
+    /// The `N` bytes from `at` on, which lie in the segment.
+    fn fetch<const N: usize>(self, at: usize) -> [u8; N] {
+        assert!(N <= self.len && at <= self.len - N);
+        // SAFETY: `at` lies in the segment or at its end.
+        let from = unsafe { self.address.add(at) };
+        // SAFETY: `N` bytes from there lie in the segment, which is mapped: whoever holds it holds
+        // its owner (see `Segment::new`). Any address is aligned for bytes.
+        unsafe { from.cast::<[u8; N]>().read_volatile() }
     }
 
     /// The part `start..start + len` of this segment; the caller has clipped it to the segment.
@@ -386,10 +407,7 @@ impl IoBuffer {
         let mut rest = bytes;
         for segment in self.slice(start, rest.len()).segments() {
             let (now, later) = rest.split_at_mut(segment.len);
-            // SAFETY: as in `copy_from`, in the other direction.
-            unsafe {
-                now.as_mut_ptr().copy_from_nonoverlapping(segment.address.as_ptr(), now.len())
-            };
+            segment.read_once(now);
             rest = later;
         }
     }

@@ -7,7 +7,8 @@
 //!
 //! Not here: talking to the daemon (see `guest`).
 
-use std::fs::File;
+use std::ffi::OsString;
+use std::fs::{DirEntry, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
@@ -341,8 +342,34 @@ impl Daemon {
 
     /// How many threads it has.
     pub fn threads(&self) -> usize {
+        self.thread_ids().len()
+    }
+
+    /// The IDs of its threads.
+    pub fn thread_ids(&self) -> Vec<i32> {
         let dir = format!("/proc/{}/task", self.child.id());
-        std::fs::read_dir(dir).expect("its threads").count()
+        let name = |entry: std::io::Result<DirEntry>| entry.expect("a thread").file_name();
+        let number = |name: OsString| name.to_str().and_then(|name| name.parse().ok());
+        let entries = std::fs::read_dir(dir).expect("its threads");
+        entries.map(|entry| number(name(entry)).expect("a number")).collect()
+    }
+
+    /// The address at which it has mapped the byte at an offset of the file of an inode number:
+    /// the only one.
+    pub fn address_of(&self, (inode, offset): (u64, u64)) -> u64 {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", self.child.id()));
+        // proc_pid_maps(5): addresses, permissions, offset, device, inode, name.
+        let address = |line: &str| {
+            let fields: Vec<_> = line.split_whitespace().collect();
+            let hex = |text: &str| u64::from_str_radix(text, 16).expect("a hexadecimal number");
+            let (start, end) = fields[0].split_once('-').expect("a range of addresses");
+            let (start, end, from) = (hex(start), hex(end), hex(fields[2]));
+            let inside = fields[4].parse() == Ok(inode) && from <= offset;
+            Some(start + (offset - from)).filter(|address| inside && *address < end)
+        };
+        let found: Vec<u64> = maps.expect("its mappings").lines().filter_map(address).collect();
+        assert_eq!(found.len(), 1, "places of offset {offset:#x}: {found:x?}");
+        found[0]
     }
 
     /// How much processor time it has used so far, in ticks of usually 10 ms.

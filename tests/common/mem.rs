@@ -8,6 +8,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -114,11 +115,23 @@ impl Memory {
         self.regions[region].file.set_len(0).expect("cut the memory file");
     }
 
+    /// The region that holds a guest-physical address.
+    fn home(&self, gpa: u64) -> &Region {
+        let holds = |region: &&Region| (region.gpa..region.gpa + REGION).contains(&gpa);
+        self.regions.iter().find(holds).expect("an address in guest memory")
+    }
+
     /// The user address of a guest-physical one, as the messages about rings want it.
     pub fn user(&self, gpa: u64) -> u64 {
-        let home = |region: &&Region| (region.gpa..region.gpa + REGION).contains(&gpa);
-        let region = self.regions.iter().find(home).expect("an address in guest memory");
+        let region = self.home(gpa);
         region.user + (gpa - region.gpa)
+    }
+
+    /// Where a guest-physical address lies: inode number of a memory file, and offset in it.
+    pub fn place(&self, gpa: u64) -> (u64, u64) {
+        let region = self.home(gpa);
+        let inode = region.file.metadata().expect("the memory file").ino();
+        (inode, region.offset + (gpa - region.gpa))
     }
 
     /// `len` bytes that stay taken, aligned to `align` (a power of two).

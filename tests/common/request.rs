@@ -93,6 +93,11 @@ impl Request {
         Self::new(WRITE_ZEROES, 0, &payload(segments), 1)
     }
 
+    /// Whether it writes sectors: then what follows the header is data.
+    pub fn is_write(&self) -> bool {
+        self.readable.starts_with(&OUT.to_le_bytes())
+    }
+
     /// How many whole sectors of data the device may write.
     pub fn sectors_in(&self) -> usize {
         self.writable.saturating_sub(1) / SECTOR

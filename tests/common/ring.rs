@@ -51,6 +51,16 @@ impl Desc {
         bytes[14..].copy_from_slice(&self.next.to_le_bytes());
         bytes
     }
+
+    /// The descriptor that these sixteen bytes are.
+    pub fn parse(bytes: &[u8]) -> Self {
+        Self {
+            addr: u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")),
+            len: u32::from_le_bytes(bytes[8..12].try_into().expect("four bytes")),
+            flags: u16::from_le_bytes(bytes[12..14].try_into().expect("two bytes")),
+            next: u16::from_le_bytes(bytes[14..16].try_into().expect("two bytes")),
+        }
+    }
 }
 
 /// A buffer of a well-formed chain.
