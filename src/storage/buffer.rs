@@ -82,24 +82,32 @@ impl Segment {
     /// overlap.
     pub fn read_once(self, bytes: &mut [u8]) {
         assert!(bytes.len() <= self.len);
-        let whole = bytes.len() - bytes.len() % FETCH;
         let (blocks, rest) = bytes.as_chunks_mut::<FETCH>();
-        for (block, at) in blocks.iter_mut().zip((0..).step_by(FETCH)) {
-            *block = self.fetch(at);
+        let mut from = self.address.cast();
+        for block in blocks {
+            // SAFETY: not more bytes than the segment has, which is mapped: whoever holds it holds
+            // its owner (see `Segment::new`). Any address is aligned for bytes.
+            *block = unsafe { from.read_volatile() };
+            // SAFETY: behind what was just read, so in the segment or at its end.
+            from = unsafe { from.add(1) };
         }
-        for (byte, at) in rest.iter_mut().zip(whole..) {
-            [*byte] = self.fetch(at);
+        let mut from = from.cast();
+        for byte in rest {
+            // SAFETY: as for the blocks.
+            *byte = unsafe { from.read_volatile() };
+            // SAFETY: as for the blocks.
+            from = unsafe { from.add(1) };
         }
     }
 
-    /// The `N` bytes from `at` on, which lie in the segment.
-    fn fetch<const N: usize>(self, at: usize) -> [u8; N] {
-        assert!(N <= self.len && at <= self.len - N);
-        // SAFETY: `at` lies in the segment or at its end.
-        let from = unsafe { self.address.add(at) };
-        // SAFETY: `N` bytes from there lie in the segment, which is mapped: whoever holds it holds
-        // its owner (see `Segment::new`). Any address is aligned for bytes.
-        unsafe { from.cast::<[u8; N]>().read_volatile() }
+    /// The first `N` bytes, if the segment has as many: the usual case of a short [`read_once`], in
+    /// one load.
+    ///
+    /// [`read_once`]: Self::read_once
+    #[must_use]
+    pub fn first<const N: usize>(self) -> Option<[u8; N]> {
+        // SAFETY: as in `read_once`.
+        (N <= self.len).then(|| unsafe { self.address.cast::<[u8; N]>().read_volatile() })
     }
 
     /// The part `start..start + len` of this segment; the caller has clipped it to the segment.
@@ -410,6 +418,20 @@ impl IoBuffer {
             segment.read_once(now);
             rest = later;
         }
+    }
+
+    /// The first `N` bytes of the window, each fetched once.
+    ///
+    /// # Panics
+    /// If the window has fewer bytes.
+    #[must_use]
+    pub fn first<const N: usize>(&self) -> [u8; N] {
+        let at_once = self.segments().next().and_then(Segment::first);
+        at_once.unwrap_or_else(|| {
+            let mut bytes = [0; N];
+            self.copy_to(0, &mut bytes);
+            bytes
+        })
     }
 
     /// Copies the whole of `source`, which must have this window's length, into this window.

@@ -189,12 +189,15 @@ impl GuestMap {
         Rc::clone(self) as Rc<dyn Any>
     }
 
-    /// Copies `N` bytes from guest address `address`.
+    /// Copies `N` bytes from guest address `address`, each fetched once.
     ///
     /// # Errors
     /// `Unmapped` if any byte is not guest memory.
     pub fn read<const N: usize>(&self, address: u64) -> Result<[u8; N], Unmapped> {
         let unmapped = Unmapped { address, len: N as u64 };
+        if let Some(bytes) = self.piece(address, N as u64).and_then(Segment::first) {
+            return Ok(bytes);
+        }
         let mut bytes = [0; N];
         let mut rest = bytes.as_mut_slice();
         let mut at = address;

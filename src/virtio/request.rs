@@ -237,9 +237,7 @@ impl Request {
         if readable.len() < HEADER_LEN {
             return Err(RequestError::Header(readable.len()));
         }
-        let mut bytes = [0; HEADER_LEN];
-        readable.copy_to(0, &mut bytes);
-        let header: WireHeader = zerocopy::transmute!(bytes);
+        let header: WireHeader = zerocopy::transmute!(readable.first::<HEADER_LEN>());
         let payload = readable.tail(HEADER_LEN);
         let sector = header.sector.get();
         let offset = sector.checked_mul(SECTOR_SIZE);
