@@ -1,4 +1,4 @@
-//! Keeping the log readable: a bound on how many lines requests may cause per second.
+//! Keeping the log readable: a bound on how many lines a guest may cause per second.
 //!
 //! A guest can cause errors as fast as it can send requests, and a full disk fails every one of
 //! them. The first lines of a second are written; how many were left out is said when the next one
@@ -32,6 +32,13 @@ impl LogLimit {
     /// Calls `write` unless too much was written lately. For errors that an operator must see.
     pub fn error(&self, write: impl FnOnce()) {
         if log::log_enabled!(log::Level::Error) && self.admit(Instant::now()) {
+            write();
+        }
+    }
+
+    /// The same for warnings.
+    pub fn warn(&self, write: impl FnOnce()) {
+        if log::log_enabled!(log::Level::Warn) && self.admit(Instant::now()) {
             write();
         }
     }

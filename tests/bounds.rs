@@ -33,8 +33,8 @@ const MAX_DESCRIPTORS: usize = 1024;
 /// Requests on each queue: more than it carries out at the same time, which is 128.
 const REQUESTS: usize = 192;
 
-/// Queues of the guest that wants too much.
-const QUEUES: usize = 16;
+/// Queues of the guest that wants too much: as many as there may be.
+const QUEUES: usize = 64;
 
 /// A disk of `size` bytes in clusters of `cluster` over the file at `base`.
 fn disk(base: &Path, size: u64, cluster: u64) -> TempDir {
@@ -49,16 +49,9 @@ fn disk(base: &Path, size: u64, cluster: u64) -> TempDir {
 
 /// A daemon on that disk.
 fn serve(folder: &TempDir) -> Daemon {
-    Daemon::spawn(folder.path(), &["--blk-file", "disk.add-cow", "--socket-path", "sock"], None)
-}
-
-/// Memory of its own that a process has, in bytes: not what it shares with guests or files.
-fn memory(daemon: &Daemon) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id()));
-    let status = status.expect("its status");
-    let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("RssAnon");
-    let kib = line.split_whitespace().nth(1).expect("a number");
-    kib.parse::<u64>().expect("a number") * KIB
+    let queues = QUEUES.to_string();
+    let options = ["--blk-file", "disk.add-cow", "--socket-path", "sock", "--num-queues", &queues];
+    Daemon::spawn(folder.path(), &options, None)
 }
 
 /// Waits until `value` has not changed for a while, and returns the greatest that was seen.
@@ -137,7 +130,7 @@ fn most_memory(worst: &Worst) -> Option<u64> {
     let mut guest = daemon.guest(Setup::queues(QUEUES, 256));
     let _closed = stall.close(worst.waits);
     fill_queues(&mut guest, worst);
-    let most = settled(|| memory(&daemon));
+    let most = settled(|| daemon.own_memory());
     assert!(stall.waiting() > 0, "nothing waits for the backing file");
     stall.open();
     drop(guest);
@@ -238,7 +231,7 @@ fn is_served(cluster_bits: u32, raw_len: u64, side_len: u64) -> bool {
                 guest.write(sector, &[7; 4096]);
             }
             assert_eq!(guest.status(&Request::flush()), OK);
-            let memory = settled(|| memory(&daemon));
+            let memory = settled(|| daemon.own_memory());
             assert!(memory <= 64 * MIB, "{memory} bytes for a disk of {raw_len} bytes");
             drop(guest);
             daemon.stop();

@@ -11,6 +11,8 @@ use std::collections::HashSet;
 use std::io::Write as _;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Output;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use common::disk::{Daemon, Disk, Shape};
@@ -472,4 +474,39 @@ fn idle_daemon_uses_no_processor_time() {
     assert!(start.elapsed() < TIMEOUT, "the machine is too busy to tell");
     assert!(used <= 5, "{used} hundredths of a second of processor time while idle");
     assert_eq!(guest.status(&Request::flush()), OK, "it wakes up again");
+}
+
+#[test]
+fn a_driver_that_never_stops_asking_does_not_keep_the_daemon_from_ending() {
+    // Chains that are refused at once. What the device fills of the used ring tells the driver how
+    // far it is, before the device publishes it: so there is always more.
+    const AHEAD: u64 = 30_000;
+    let (_disk, mut daemon, mut guest) = small(Setup { size: 32768, ..Setup::default() });
+    let mut ring = guest.rings.remove(0);
+    let (memory, done) = (Arc::clone(&guest.mem), Arc::new(AtomicBool::new(false)));
+    let is_over = Arc::clone(&done);
+    let driver = std::thread::spawn(move || {
+        let head = |at: u64| u16::try_from(0x8000 + at % 0x7fff).expect("16 bits");
+        let entry = |at: u64| u16::try_from(at % 0x1_0000).expect("16 bits");
+        for at in 0.. {
+            while at >= AHEAD && !is_over.load(Ordering::Relaxed) {
+                let id = memory.load_u32(ring.used_entry(entry(at - AHEAD)));
+                if id == u32::from(head(at - AHEAD)) {
+                    break;
+                }
+            }
+            if is_over.load(Ordering::Relaxed) {
+                return;
+            }
+            ring.publish_unknown(head(at));
+            if at % 1000 == 0 {
+                ring.kick_always();
+            }
+        }
+    });
+    std::thread::sleep(Duration::from_millis(200));
+    let status = daemon.terminate(TIMEOUT);
+    done.store(true, Ordering::Relaxed);
+    driver.join().expect("the driver");
+    assert_eq!(status.code(), Some(0), "exit code after SIGTERM");
 }

@@ -14,8 +14,9 @@ use common::guest::{Guest, Setup};
 use common::mem::BOUNDARY;
 use common::request::Request;
 use common::ring::Buffer;
-use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern, to_u32};
+use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern, to_u32, to_usize};
 use rustix::fs::{MemfdFlags, memfd_create};
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
 /// What the daemon says about it.
@@ -112,6 +113,45 @@ fn ring_pages_that_vanish_end_the_connection_only() {
         }
         daemon.stop();
     }
+}
+
+#[test]
+fn ring_pages_that_vanish_before_the_ring_is_told_of_end_nothing() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let mut guest = Guest::negotiate(daemon.connect(), Setup::default());
+    let table = guest.mem.table();
+    guest.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
+    let config = guest.ring_config(0);
+    guest.mem.cut(0);
+    // The framework looks at the used index, on the thread that handles messages.
+    let _ = guest.message("SET_VRING_ADDR", |front| front.set_vring_addr(0, &config));
+    drop(guest);
+    assert_bytes(&daemon.guest(Setup::default()).read_all(), &disk.initial(), "the next guest");
+    daemon.stop();
+}
+
+#[test]
+fn memory_that_vanished_does_not_become_memory_of_the_daemon() {
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let mut guest = daemon.guest(Setup::default());
+    guest.read(0, 8 * SECTOR);
+    let before = daemon.own_memory();
+    guest.mem.cut(1);
+    // A request that fails, so that all that the device may write is to be filled with zeros.
+    let len = 16 * MIB;
+    let request = Request::read(u64::MAX / 1024, 512);
+    for _ in 0..8 {
+        submit(&mut guest, &request, BOUNDARY, to_usize(len), true);
+    }
+    guest.rings[0].kick_always();
+    hung_up(&mut guest);
+    drop(guest);
+    let grown = daemon.own_memory().saturating_sub(before);
+    assert!(grown < 4 * MIB, "{grown} bytes more than before");
+    serves_the_next(&mut daemon, &disk.initial());
+    daemon.stop();
 }
 
 #[test]

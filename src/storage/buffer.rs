@@ -24,6 +24,8 @@ use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 use std::rc::Rc;
 
+use super::fault_guard::is_lost_memory;
+
 /// The alignment of buffers of our own: enough for direct I/O on every common device.
 pub const PAGE_SIZE: usize = 4096;
 
@@ -32,6 +34,9 @@ pub const MAX_SEGMENTS: usize = 1024;
 
 /// Bytes that one load of a processor takes, and the size of a header, a descriptor and a segment.
 const FETCH: usize = 16;
+
+/// Bytes that are filled at once, without looking whether it is guest memory that has gone.
+const FILL: usize = 256 << 10;
 
 /// A piece of contiguous memory.
 #[derive(Clone, Copy)]
@@ -202,6 +207,12 @@ impl IoMemory {
         self.owner = (!self.segments.is_empty()).then_some(owner);
         result
     }
+
+    /// How many segments it has memory for.
+    #[must_use]
+    pub fn capacity(&self) -> usize {
+        self.segments.capacity()
+    }
 }
 
 impl fmt::Debug for IoMemory {
@@ -218,6 +229,12 @@ pub struct SegmentSink<'a> {
 }
 
 impl SegmentSink<'_> {
+    /// How many segments there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.memory.segments.len()
+    }
+
     /// Adds a segment, unless it is empty.
     ///
     /// # Panics
@@ -447,15 +464,18 @@ impl IoBuffer {
         }
     }
 
-    /// Copies the whole of `source`, which must have this window's length, into this window.
+    /// Copies the whole of `source`, which must have this window's length, into this window, but
+    /// for guest memory that is lost.
     ///
     /// # Panics
     /// If the lengths differ.
     pub(super) fn copy_from_segment(&self, source: Segment) {
         assert_eq!(self.len, source.len, "buffers of different length");
         let mut done = 0;
-        for target in self.segments() {
-            copy_segment(source.part(done, target.len), target);
+        for target in self.segments().flat_map(|segment| segment.chunks(FILL)) {
+            if !is_lost_memory(target.address()) {
+                copy_segment(source.part(done, target.len), target);
+            }
             done += target.len;
         }
     }
@@ -523,11 +543,13 @@ impl IoBuffer {
         None
     }
 
-    /// Fills the window with zeros.
+    /// Fills the window with zeros, but for guest memory that is lost.
     pub fn fill_zero(&self) {
-        for segment in self.segments() {
-            // SAFETY: the segment is mapped and writable through its owner.
-            unsafe { segment.address.write_bytes(0, segment.len) };
+        for piece in self.segments().flat_map(|segment| segment.chunks(FILL)) {
+            if !is_lost_memory(piece.address()) {
+                // SAFETY: the segment is mapped and writable through its owner.
+                unsafe { piece.address.write_bytes(0, piece.len) };
+            }
         }
     }
 

@@ -31,6 +31,16 @@ struct Slot {
     page_size: AtomicUsize,
     /// Whether a page was missing.
     faulted: AtomicBool,
+    /// Whether it is counted in [`LOST_MEMORY`] then.
+    is_memory: AtomicBool,
+}
+
+impl Slot {
+    /// Whether its range holds `address`.
+    fn holds(&self, address: usize) -> bool {
+        let start = self.start.load(Ordering::Acquire);
+        start > RESERVED && start <= address && address < self.end.load(Ordering::Relaxed)
+    }
 }
 
 /// `Slot::start` of a slot that nobody has.
@@ -46,8 +56,21 @@ static SLOTS: [Slot; MAX_RANGES] = [const {
         end: AtomicUsize::new(0),
         page_size: AtomicUsize::new(0),
         faulted: AtomicBool::new(false),
+        is_memory: AtomicBool::new(false),
     }
 }; MAX_RANGES];
+
+/// How many of the present ranges of guest memory have a page that was missing.
+static LOST_MEMORY: AtomicUsize = AtomicUsize::new(0);
+
+/// Whether `address` lies in guest memory of which pages are missing: its connection is about to
+/// end. Whoever fills much of it asks this in between, and leaves it, since a page that was
+/// replaced takes memory of ours when it is written, and an entry of the host's table of mappings.
+#[must_use]
+pub fn is_lost_memory(address: usize) -> bool {
+    let is_there = |slot: &Slot| slot.is_memory.load(Ordering::Relaxed) && slot.holds(address);
+    LOST_MEMORY.load(Ordering::Acquire) > 0 && SLOTS.iter().any(is_there)
+}
 
 /// How many pages were missing so far, in all ranges.
 static MISSING: AtomicUsize = AtomicUsize::new(0);
@@ -88,6 +111,19 @@ impl FaultGuard {
     /// # Errors
     /// `QuotaExceeded` if too many ranges are registered, or why there is no handler.
     pub fn new(range: Range<usize>, page_size: usize) -> io::Result<Self> {
+        Self::register(range, page_size, false)
+    }
+
+    /// The same for a range of guest memory: see [`is_lost_memory`].
+    ///
+    /// # Errors
+    /// Those of [`FaultGuard::new`].
+    pub fn of_memory(range: Range<usize>, page_size: usize) -> io::Result<Self> {
+        Self::register(range, page_size, true)
+    }
+
+    /// Registers a range.
+    fn register(range: Range<usize>, page_size: usize, is_memory: bool) -> io::Result<Self> {
         INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
         let reserve = |slot: &Slot| {
             let order = Ordering::Acquire;
@@ -98,6 +134,7 @@ impl FaultGuard {
         };
         let slot = &SLOTS[index];
         slot.faulted.store(false, Ordering::Relaxed);
+        slot.is_memory.store(is_memory, Ordering::Relaxed);
         slot.end.store(range.end, Ordering::Relaxed);
         slot.page_size.store(page_size, Ordering::Relaxed);
         // Last: from here on the handler believes the slot.
@@ -118,7 +155,11 @@ impl FaultGuard {
 
 impl Drop for FaultGuard {
     fn drop(&mut self) {
-        SLOTS[self.slot].start.store(FREE, Ordering::Release);
+        let slot = &SLOTS[self.slot];
+        if slot.faulted.load(Ordering::Acquire) && slot.is_memory.load(Ordering::Relaxed) {
+            LOST_MEMORY.fetch_sub(1, Ordering::Release);
+        }
+        slot.start.store(FREE, Ordering::Release);
     }
 }
 
@@ -152,12 +193,11 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
 /// Puts a page of zeros where one is missing. Returns whether the address is in a registered range
 /// and that was possible.
 fn replace_page(address: usize) -> bool {
-    let in_range = |slot: &&Slot| {
-        let start = slot.start.load(Ordering::Acquire);
-        start > RESERVED && start <= address && address < slot.end.load(Ordering::Relaxed)
-    };
-    let Some(slot) = SLOTS.iter().find(in_range) else { return false };
-    slot.faulted.store(true, Ordering::Relaxed);
+    let Some(slot) = SLOTS.iter().find(|slot| slot.holds(address)) else { return false };
+    let first = !slot.faulted.swap(true, Ordering::AcqRel);
+    if first && slot.is_memory.load(Ordering::Relaxed) {
+        LOST_MEMORY.fetch_add(1, Ordering::Release);
+    }
     MISSING.fetch_add(1, Ordering::Release);
     let size = slot.page_size.load(Ordering::Relaxed);
     let page = address & !(size - 1);

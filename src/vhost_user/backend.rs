@@ -191,7 +191,8 @@ impl BlkBackend {
         match queue::run(&self.context, &permit, &map, indirect, heritage) {
             Ok(()) => log::debug!("queue {thread} is at rest"),
             Err(error) => {
-                log::error!("queue {thread} stopped: {error}");
+                let limit = &self.context.log_limit;
+                limit.error(|| log::error!("queue {thread} stopped: {error}"));
                 if matches!(error, QueueError::MemoryGone) {
                     ring_eventfd(&self.memory_gone);
                 }
@@ -306,10 +307,10 @@ impl VhostUserBackend for BlkBackend {
         if !self.context.device.write_config(offset, bytes) {
             // An error would end the connection, which is out of proportion: VIRTIO 1.3, 4.1.4.6
             // lets a device ignore a write to a field that is read-only.
-            log::warn!(
-                "front end writes {} bytes of configuration at {offset}: ignored",
-                bytes.len()
-            );
+            self.context.log_limit.warn(|| {
+                let len = bytes.len();
+                log::warn!("front end writes {len} bytes of configuration at {offset}: ignored");
+            });
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::image::open::OpenImage;
 use crate::log_limit::LogLimit;
 use crate::storage::buffer::IoMemory;
 use crate::storage::uring::Ring;
-use crate::virtio::chain::{self, Chain, MAX_DESCRIPTORS};
+use crate::virtio::chain::{self, Chain, MAX_SEGMENTS};
 use crate::virtio::device::{BlockDevice, DeviceState};
 use crate::virtio::guest_memory::GuestMap;
 use crate::virtio::inflight::InflightQueue;
@@ -26,14 +26,23 @@ use crate::virtio::request::Used;
 use crate::virtio::ring::{RingError, SplitRing};
 
 /// The most requests of one queue that are carried out at the same time; the others wait in the
-/// ring. With the batch before them their segment lists take at most 144 * 1024 * 16 bytes =
-/// 2.25 MiB.
+/// ring.
 const MAX_REQUESTS: usize = 128;
 
 /// The most chains that are taken together: see [`Worker::take`].
 const BATCH: usize = 16;
 
-const _: () = assert!((MAX_REQUESTS + BATCH) * MAX_DESCRIPTORS as usize * 16 <= 9 << 18);
+/// The most segments of a list that counts as short: what a driver uses that keeps to `seg_max`.
+const SHORT_LIST: usize = 128;
+
+/// The most longer lists of one queue: while so many requests have one, no chain is taken, since
+/// any might need one more.
+const LONG_LISTS: usize = BATCH;
+
+/// What the segment lists of a queue take at most: 144 short ones of 2 KiB and 16 long ones of 16
+/// KiB are 544 KiB. Each has a copy for the kernel while its I/O runs (`storage::uring`).
+const _: () =
+    assert!(((MAX_REQUESTS + BATCH) * SHORT_LIST + LONG_LISTS * MAX_SEGMENTS) * 16 <= 544 << 10);
 
 /// Token of the kick.
 const KICK: u32 = 0;
@@ -65,7 +74,8 @@ pub struct QueueContext {
     pub poll_limit: Duration,
     /// Whether guest memory is registered with each queue's io_uring.
     pub register_memory: bool,
-    /// Bounds what malformed chains write to the log.
+    /// Bounds what a guest can write to the log: malformed chains, rings that are beyond use,
+    /// configuration.
     pub log_limit: LogLimit,
 }
 
@@ -139,12 +149,35 @@ struct ChainSource {
     memories: Vec<Rc<IoMemory>>,
     /// Which of them was used last.
     last: usize,
+    /// How many of them are long, spent ones among them.
+    long: usize,
+}
+
+/// Whether a list has room for more than [`SHORT_LIST`] segments.
+fn is_long(memory: &IoMemory) -> bool {
+    memory.capacity() > SHORT_LIST
 }
 
 impl ChainSource {
     /// A source on `map`.
     fn new(map: &Rc<GuestMap>, indirect: bool) -> Self {
-        Self { map: Rc::clone(map), owner: map.owner(), indirect, memories: Vec::new(), last: 0 }
+        let (map, owner) = (Rc::clone(map), map.owner());
+        Self { map, owner, indirect, memories: Vec::new(), last: 0, long: 0 }
+    }
+
+    /// How many chains may be walked before the lists take more memory than they may, the long ones
+    /// that no request has any more being given back.
+    fn room(&mut self) -> usize {
+        if self.long > 0 {
+            self.long = 0;
+            for memory in self.memories.iter_mut().filter(|memory| is_long(memory)) {
+                match Rc::get_mut(memory) {
+                    Some(spent) => *spent = IoMemory::default(),
+                    None => self.long += 1,
+                }
+            }
+        }
+        LONG_LISTS.saturating_sub(self.long)
     }
 
     /// Walks the chain at `head`.
@@ -152,7 +185,10 @@ impl ChainSource {
         let table = (virtqueue.descriptors(), virtqueue.size());
         let memory = self.spent_memory();
         let memory = &mut self.memories[memory];
-        chain::walk(&self.map, &self.owner, table, self.indirect, head, memory)
+        let was_long = is_long(memory);
+        let result = chain::walk(&self.map, &self.owner, table, self.indirect, head, memory);
+        self.long += usize::from(is_long(memory) && !was_long);
+        result
     }
 
     /// The number of a segment list that no request has any more, a new one if need be.
@@ -254,20 +290,36 @@ impl Worker<'_> {
     }
 
     /// Takes as many chains as there are and as there is room for. Returns how many.
+    ///
+    /// Requests that are done at once take no room, and a driver can make more of them as fast as
+    /// we take them. So this ends all the same after [`MAX_REQUESTS`], for the others to go on and
+    /// for what is done to be published, and after the present batch if a pause is wanted or the
+    /// memory has gone.
     fn take<F: Future<Output = Used>>(
         &mut self,
         pool: &mut TaskPool<F>,
         serve: &impl Fn(Chain) -> F,
     ) -> Result<usize, RingError> {
         let mut taken = 0;
-        loop {
-            let (heads, failure) = self.pop_batch(pool.room().min(BATCH));
-            if heads.is_empty() {
-                return failure.map_or(Ok(taken), Err);
-            }
+        while taken < MAX_REQUESTS {
+            let room = self.room(pool);
+            let (heads, failure) = self.pop_batch(room.min(BATCH));
             taken += heads.len();
             self.serve_batch(&heads, pool, serve);
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            let is_over = self.permit.control().pause_wanted() || self.source.map.has_lost_pages();
+            if heads.is_empty() || is_over {
+                break;
+            }
         }
+        Ok(taken)
+    }
+
+    /// How many more chains can be taken now.
+    fn room<F: Future>(&mut self, pool: &TaskPool<F>) -> usize {
+        pool.room().min(self.source.room())
     }
 
     /// Pops at most `room` heads, and what went wrong if anything did.
@@ -324,7 +376,7 @@ impl Worker<'_> {
         stopping: bool,
     ) -> Result<(), QueueError> {
         // With every place taken new chains cannot be served: no kick is wanted for them.
-        let wants_chains = !stopping && pool.room() > 0;
+        let wants_chains = !stopping && self.room(pool) > 0;
         // While the host works on something it will wake us soon enough, and polling would only
         // take the processor away from it: poll for the driver alone.
         let idle = wants_chains && self.ring.in_flight() == 0;

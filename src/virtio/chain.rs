@@ -17,9 +17,12 @@ use crate::storage::IoBuffer;
 use crate::storage::buffer::{IoMemory, SegmentSink};
 
 /// The most descriptors of one chain, indirect ones included. We advertise seg_max = 126 by default
-/// (128 with header and status); 1024 is what other back ends accept, and bounds the segment list
-/// of a request to 16 KiB.
+/// (128 with header and status); 1024 is what other back ends accept.
 pub const MAX_DESCRIPTORS: u32 = 1024;
+
+/// The most pieces of memory of one chain: a descriptor has more than one where it runs over the
+/// border of memory regions. Bounds the segment list of a request to 16 KiB.
+pub const MAX_SEGMENTS: usize = 1024;
 
 /// The most bytes of one chain: 2.7.5 "no descriptor chain has more than 2^32 bytes".
 const MAX_CHAIN_LEN: u64 = 1 << 32;
@@ -45,6 +48,9 @@ pub enum ChainError {
     /// More descriptors than allowed; also how a loop ends.
     #[error("more than {0} descriptors")]
     TooMany(u32),
+    /// Buffers that lie in too many memory regions.
+    #[error("more than {0} pieces of guest memory")]
+    Pieces(usize),
     /// More than 2^32 bytes.
     #[error("more than 2^32 bytes")]
     TooLong,
@@ -269,6 +275,53 @@ impl Walk<'_> {
         if self.readable.saturating_add(self.writable) > MAX_CHAIN_LEN {
             return Err(ChainError::TooLong);
         }
-        Ok(self.map.push_segments(descriptor.address, len, sink)?)
+        for segment in self.map.segments(descriptor.address, len) {
+            let segment = segment?;
+            if sink.count() == MAX_SEGMENTS {
+                return Err(ChainError::Pieces(MAX_SEGMENTS));
+            }
+            sink.push(segment);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+    use crate::virtio::guest_memory::GuardedMemory;
+
+    /// Size of a region in bytes.
+    const REGION: u32 = 4096;
+
+    /// Walks a chain of `count` descriptors, each of which covers all of 100 small regions; how
+    /// many pieces it has.
+    fn pieces(count: u16) -> Result<usize, ChainError> {
+        let region = |at: u32| (GuestAddress(u64::from(at * REGION)), REGION as usize);
+        let ranges: Vec<_> = (0..100).map(region).collect();
+        let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&ranges).unwrap());
+        for index in 0..count {
+            let last = index + 1 == count;
+            let flags = FLAG_WRITE | if last { 0 } else { FLAG_NEXT };
+            let mut bytes = [0; 16];
+            bytes[8..12].copy_from_slice(&(100 * REGION).to_le_bytes());
+            bytes[12..14].copy_from_slice(&flags.to_le_bytes());
+            bytes[14..].copy_from_slice(&(index + 1).to_le_bytes());
+            memory.write_slice(&bytes, GuestAddress(u64::from(index) * 16)).unwrap();
+        }
+        let map = GuestMap::new(GuardedMemory::new(memory).unwrap());
+        let table = map.ring_area(0, 16 * 16, 16).unwrap();
+        let chain = walk(&map, &map.owner(), (&table, 16), false, 0, &mut Rc::default())?;
+        Ok(chain.writable.segments().count())
+    }
+
+    #[test]
+    fn a_chain_has_a_bounded_number_of_pieces_however_many_regions_there_are() {
+        assert_eq!(pieces(10), Ok(1000));
+        assert_eq!(pieces(11), Err(ChainError::Pieces(MAX_SEGMENTS)));
     }
 }

@@ -27,7 +27,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
 use rustix::fs::fstatfs;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use crate::storage::buffer::{Purpose, Segment, SegmentSink, prefetch};
+use crate::storage::buffer::{Purpose, Segment, prefetch};
 use crate::storage::fault_guard::{self, FaultGuard};
 
 /// File system type of huge pages (statfs(2), `HUGETLBFS_MAGIC`).
@@ -78,7 +78,7 @@ impl GuardedMemory {
 /// Guards one region. Without a file there is nobody who could cut it, and nothing to guard.
 fn guard(region: &GuestRegionMmap<()>) -> Option<io::Result<FaultGuard>> {
     let file = region.file_offset()?.file();
-    Some(pages(region, file).and_then(|(range, page_size)| FaultGuard::new(range, page_size)))
+    Some(pages(region, file).and_then(|(range, page_size)| FaultGuard::of_memory(range, page_size)))
 }
 
 /// The addresses of the pages of a region of `file`, and their size in bytes.
@@ -149,32 +149,33 @@ impl GuestMap {
         let host = unsafe { region.host.add(offset) };
         // SAFETY: `len` bytes from there lie inside the region, which `memory` keeps mapped
         // readable and writable (the front end's regions are mapped PROT_READ|PROT_WRITE); whoever
-        // takes the segment takes this map as its owner (see `push_segments` and `RingArea`).
+        // takes the segment takes this map as its owner (see `segments` and `RingArea`).
         Some(unsafe { Segment::new(host, len) })
     }
 
-    /// Adds the memory of `len` bytes from guest address `address` to `sink`, in several pieces
-    /// where it runs over the border of regions. This map must be the owner given to the refill
-    /// that `sink` belongs to.
+    /// The memory of `len` bytes from guest address `address`, in several pieces where it runs over
+    /// the border of regions. This map must be the owner given to the refill that takes them.
     ///
-    /// # Errors
-    /// `Unmapped` if any byte is not guest memory.
-    pub fn push_segments(
+    /// The last item is an error if any byte is not guest memory.
+    pub fn segments(
         &self,
         address: u64,
         len: u64,
-        sink: &mut SegmentSink<'_>,
-    ) -> Result<(), Unmapped> {
-        let mut at = address;
-        let mut left = len;
-        while left > 0 {
-            let segment = self.piece(at, left).ok_or(Unmapped { address, len })?;
+    ) -> impl Iterator<Item = Result<Segment, Unmapped>> {
+        let (mut at, mut left) = (Some(address), len);
+        std::iter::from_fn(move || {
+            if left == 0 {
+                return None;
+            }
+            let Some(segment) = at.and_then(|at| self.piece(at, left)) else {
+                left = 0;
+                return Some(Err(Unmapped { address, len }));
+            };
             let taken = segment.len() as u64;
-            sink.push(segment);
             left = left.saturating_sub(taken);
-            at = at.checked_add(taken).ok_or(Unmapped { address, len })?;
-        }
-        Ok(())
+            at = at.and_then(|at| at.checked_add(taken));
+            Some(Ok(segment))
+        })
     }
 
     /// All of guest memory, region by region. This map must be their owner.
@@ -303,7 +304,7 @@ impl RingArea {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::storage::buffer::IoMemory;
+    use crate::storage::buffer::{IoMemory, SegmentSink};
     use vm_memory::{Bytes, GuestAddress};
 
     /// Two regions that touch at 0x2000, and one further up.
@@ -314,12 +315,20 @@ mod tests {
         (Arc::clone(&memory), GuestMap::new(GuardedMemory::new(memory).unwrap()))
     }
 
+    /// Pushes all pieces.
+    fn push(
+        sink: &mut SegmentSink<'_>,
+        mut pieces: impl Iterator<Item = Result<Segment, Unmapped>>,
+    ) -> Result<(), Unmapped> {
+        pieces.try_for_each(|piece| piece.map(|piece| sink.push(piece)))
+    }
+
     #[test]
     fn a_range_over_the_border_of_two_regions_becomes_two_segments() {
         let (memory, map) = map();
         memory.write_slice(b"abcdef", GuestAddress(0x1ffd)).unwrap();
         let mut list = IoMemory::default();
-        list.refill(map.owner(), |sink| map.push_segments(0x1ffd, 6, sink)).unwrap();
+        list.refill(map.owner(), |sink| push(sink, map.segments(0x1ffd, 6))).unwrap();
         let buffer = crate::storage::IoBuffer::new(Rc::new(list));
         assert_eq!(buffer.segments().count(), 2);
         assert_eq!(buffer.to_vec(), b"abcdef");
@@ -331,7 +340,7 @@ mod tests {
         let (_, map) = map();
         let mut list = IoMemory::default();
         for (address, len) in [(0, 1), (0x2fff, 2), (0x3000, 1), (0x9000, 1), (u64::MAX, 2)] {
-            let result = list.refill(map.owner(), |sink| map.push_segments(address, len, sink));
+            let result = list.refill(map.owner(), |sink| push(sink, map.segments(address, len)));
             assert_eq!(result, Err(Unmapped { address, len }));
         }
         assert!(map.read::<16>(0x2ff8).is_err());

@@ -382,6 +382,15 @@ impl Daemon {
         fields.map(|field| field.parse::<u64>().expect("a number")).sum()
     }
 
+    /// Memory of its own, in bytes: not what it shares with guests or files.
+    pub fn own_memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("its status");
+        let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("RssAnon");
+        let kib = line.split_whitespace().nth(1).expect("a number");
+        kib.parse::<u64>().expect("a number") * 1024
+    }
+
     /// Its process ID.
     pub fn pid(&self) -> u32 {
         self.child.id()
