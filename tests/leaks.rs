@@ -1,5 +1,6 @@
 //! Does anything stay behind? Two thousand front ends come and go, in every way they can, and five
-//! hundred images cannot be opened: descriptors, threads and mappings are as they were.
+//! hundred images cannot be opened, and connections fail at every step of being set up: descriptors,
+//! threads and mappings are as they were.
 //!
 //! Counts those of whole processes, this one among them, so nothing else runs in this file
 //! meanwhile. Not here: memory in bytes (`bounds.rs`).
@@ -7,8 +8,9 @@
 mod common;
 
 use std::fs::{File, read_dir, read_to_string};
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -16,11 +18,12 @@ use std::time::{Duration, Instant};
 use addcow::image::open::{self, OpenOptions};
 use addcow::storage::host_file::CacheMode;
 use addcow::storage::lock::Locking;
-use common::SECTOR;
 use common::disk::{Daemon, Disk};
 use common::guest::{Guest, Setup};
 use common::rng::Rng;
 use common::score::score;
+use common::{SECTOR, TIMEOUT};
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 
 /// Front ends that come and go.
 const CONNECTS: u64 = 2000;
@@ -113,6 +116,123 @@ fn two_thousand_connects_leave_nothing_behind() {
     }
     assert_eq!(with_a_quiet_guest(&mut daemon), before, "after {CONNECTS} connections");
     score("leaks", &[("connects", CONNECTS)]);
+    daemon.stop();
+}
+
+/// Lets a daemon have descriptors below `limit` only, as many as we may have without one; those
+/// that it has stay.
+fn limit_files(daemon: &Daemon, limit: Option<u64>) {
+    let pid = i32::try_from(daemon.id()).ok().and_then(Pid::from_raw);
+    let ours = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: limit.or(ours.current), ..ours };
+    prlimit(pid, Resource::Nofile, limit).expect("set a limit");
+}
+
+/// The lowest limit with which a daemon may have what it has, but nothing more.
+fn lowest_limit(daemon: &Daemon) -> u64 {
+    let entries = read_dir(format!("/proc/{}/fd", daemon.id())).expect("its descriptors");
+    let number = |name: &std::ffi::OsStr| name.to_str()?.parse::<u64>().ok();
+    let taken: Vec<u64> =
+        entries.filter_map(|entry| number(&entry.expect("a descriptor").file_name())).collect();
+    (0..).find(|fd| !taken.contains(fd)).expect("a number")
+}
+
+/// Asks for the device's features, and whether an answer came. None: neither that nor the end.
+fn answer(mut stream: &UnixStream, limit: Duration) -> Option<bool> {
+    let get_features = [1, 1, 0].map(u32::to_le_bytes);
+    // It may have hung up already.
+    let _ = stream.write_all(get_features.as_flattened());
+    stream.set_read_timeout(Some(limit)).expect("a time limit");
+    match stream.read(&mut [0; 20]) {
+        Ok(len) => Some(len > 0),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => None,
+        Err(_) => Some(false),
+    }
+}
+
+/// Waits until a daemon has what it had before.
+fn wait_until_it_has(daemon: &Daemon, before: &Holdings, when: &str) {
+    let end = Instant::now() + TIMEOUT;
+    while Holdings::of(daemon.id()) != *before && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(Holdings::of(daemon.id()), *before, "{when}");
+}
+
+/// What a daemon has while nobody is connected, after somebody was.
+fn idle(daemon: &mut Daemon) -> Holdings {
+    drop(Guest::negotiate(daemon.connect(), Setup::queues(0, 64)));
+    let mut idle = Holdings::of(daemon.id());
+    let mut since = Instant::now();
+    while since.elapsed() < Duration::from_millis(300) {
+        std::thread::sleep(Duration::from_millis(5));
+        let now = Holdings::of(daemon.id());
+        if now != idle {
+            (idle, since) = (now, Instant::now());
+        }
+    }
+    idle
+}
+
+#[test]
+fn connections_that_cannot_be_set_up_leave_nothing_behind() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&["--num-queues", "4"]);
+    let before = idle(&mut daemon);
+    let lowest = lowest_limit(&daemon);
+    // With each descriptor more the next step fails, until none does.
+    let mut failures = 0;
+    loop {
+        limit_files(&daemon, Some(lowest + 1 + failures));
+        let served = answer(&daemon.connect(), TIMEOUT).expect("an answer or the end");
+        wait_until_it_has(&daemon, &before, &format!("with {} to spare", failures + 1));
+        if served {
+            break;
+        }
+        failures += 1;
+    }
+    // Five for each queue, at least.
+    assert!(failures >= 20, "only {failures} connections failed");
+    limit_files(&daemon, None);
+    let mut guest = daemon.guest(Setup::queues(2, 64));
+    guest.write(8, &[1; SECTOR]);
+    drop(guest);
+    wait_until_it_has(&daemon, &before, "after a guest");
+    score("leaks", &[("failed_connects", failures)]);
+    daemon.stop();
+}
+
+#[test]
+fn a_connection_that_cannot_be_accepted_waits_and_a_stop_does_not_wait_for_it() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let before = idle(&mut daemon);
+    let lowest = lowest_limit(&daemon);
+    limit_files(&daemon, Some(lowest));
+    let stream = daemon.connect();
+    let short = Duration::from_millis(500);
+    assert_eq!(answer(&stream, short), None, "without a descriptor for it");
+    let ticks = daemon.cpu_ticks();
+    assert_eq!(answer(&stream, short), None, "without a descriptor for it");
+    // Of the 50 that there were.
+    assert!(daemon.cpu_ticks() - ticks < 25, "it does not rest meanwhile");
+    limit_files(&daemon, None);
+    assert_eq!(answer(&stream, TIMEOUT), Some(true), "once there is one");
+    drop(stream);
+    wait_until_it_has(&daemon, &before, "after a connection that had to wait");
+    drop(daemon.guest(Setup::default()));
+    wait_until_it_has(&daemon, &before, "after a guest");
+    limit_files(&daemon, Some(lowest));
+    let _waiting = daemon.connect();
+    let end = Instant::now() + TIMEOUT;
+    // One line for each connection that has to wait, however long.
+    while daemon.messages().matches("cannot accept a connection").count() < 2 {
+        assert!(Instant::now() < end, "{}", daemon.messages());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(daemon.messages().matches("cannot accept a connection").count(), 2);
     daemon.stop();
 }
 

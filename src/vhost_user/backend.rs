@@ -4,12 +4,13 @@
 //! would end the worker's thread without a word.
 
 use std::cell::Cell;
+use std::convert::Infallible;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 
 use rustix::fs::{FileType, fstat, fstatfs};
 use vhost::vhost_user::Backend;
@@ -59,7 +60,7 @@ pub struct BlkBackend {
     controls: Mutex<Vec<Option<Arc<RingControl>>>>,
     /// Set when the connection ends: no queue starts any more.
     closing: AtomicBool,
-    /// What ends the framework's threads.
+    /// What ends the framework's threads. Each of them keeps the device, and so this.
     exit_events: ExitEvents,
     /// What of this disk outlives the process.
     recovery: Arc<Recovery>,
@@ -69,6 +70,8 @@ pub struct BlkBackend {
     channel: Mutex<Option<Backend>>,
     /// What the framework's threads give up.
     sandbox: Sandbox,
+    /// Goes with the device: see [`BlkBackend::abandon`]. The last field, so that it goes last.
+    gone: Mutex<Option<mpsc::Sender<Infallible>>>,
 }
 
 impl std::fmt::Debug for BlkBackend {
@@ -81,9 +84,10 @@ impl BlkBackend {
     /// The device of a new connection.
     ///
     /// # Errors
-    /// If there is no file descriptor left.
+    /// If there are not enough file descriptors left.
     pub fn new(context: QueueContext, recovery: Arc<Recovery>) -> io::Result<Self> {
         let queues = usize::from(context.device.config().num_queues);
+        let threads = queues.min(usize::from(MAX_QUEUES));
         Ok(Self {
             context,
             memory: Mutex::new(None),
@@ -91,11 +95,12 @@ impl BlkBackend {
             features: AtomicU64::new(0),
             controls: Mutex::new(vec![None; queues]),
             closing: AtomicBool::new(false),
-            exit_events: ExitEvents::default(),
+            exit_events: ExitEvents::new(threads)?,
             recovery,
             region: Mutex::new(None),
             channel: Mutex::new(None),
             sandbox: Sandbox::none(),
+            gone: Mutex::new(None),
         })
     }
 
@@ -131,9 +136,15 @@ impl BlkBackend {
         self.at_rest(|| {});
     }
 
-    /// Releases what the framework leaves behind. To be called when its daemon object is gone.
-    pub fn release(&self) {
-        self.exit_events.close();
+    /// Ends the threads that the framework leaves behind when it cannot be set up, and waits until
+    /// each has let go of the device and of all that it had. No queue has been started.
+    pub fn abandon(self: Arc<Self>) {
+        let (gone, waiting) = mpsc::channel();
+        *self.gone.lock().expect("no panic while held") = Some(gone);
+        self.exit_events.ring();
+        drop(self);
+        // Nothing ever comes: it ends with the last owner.
+        let _ended = waiting.recv();
     }
 
     /// Brings all queues to rest, does something, and lets them go on. A queue that runs for the
@@ -332,7 +343,7 @@ impl VhostUserBackend for BlkBackend {
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
         // Without one the framework would wait for its workers for ever.
-        self.exit_events.create()
+        Some(self.exit_events.hand_out())
     }
 
     fn handle_event(

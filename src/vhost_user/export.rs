@@ -32,6 +32,9 @@ use crate::storage::file::FileStorage;
 use crate::virtio::config::DeviceConfig;
 use crate::virtio::device::DeviceState;
 
+/// How long a connection is left waiting that the host has nothing left for.
+const SHORTAGE_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
 /// The framework, for one connection.
 type Framework = VhostUserDaemon<Arc<BlkBackend>>;
 
@@ -187,16 +190,9 @@ impl Export {
 
     /// The next connection, or `None` if the export is to stop.
     fn accept(&self, listener: &UnixListener) -> Result<Option<UnixStream>, ExportError> {
+        let mut is_short = false;
         loop {
-            let mut fds = [
-                PollFd::new(listener, PollFlags::IN),
-                PollFd::new(&*self.stop.event, PollFlags::IN),
-            ];
-            match poll(&mut fds, None) {
-                Err(rustix::io::Errno::INTR) => continue,
-                other => other.map_err(failed("cannot wait for a connection"))?,
-            };
-            if !fds[1].revents().is_empty() {
+            if self.stops_before(Some(listener), None)? {
                 return Ok(None);
             }
             match listener.accept() {
@@ -205,9 +201,35 @@ impl Export {
                     return Ok(Some(stream));
                 }
                 Err(error) if is_passing(&error) => {}
+                Err(error) if is_shortage(&error) => {
+                    if !is_short {
+                        log::error!("cannot accept a connection yet: {error}");
+                    }
+                    is_short = true;
+                    // The connection waits, so that waiting for one would not be a pause.
+                    if self.stops_before(None, Some(&SHORTAGE_PAUSE))? {
+                        return Ok(None);
+                    }
+                }
                 Err(error) => return Err(failed("cannot accept a connection")(error)),
             }
         }
+    }
+
+    /// Waits until there is a connection, but not longer than `limit`. Returns whether the export
+    /// is to stop.
+    fn stops_before(
+        &self,
+        listener: Option<&UnixListener>,
+        limit: Option<&Timespec>,
+    ) -> Result<bool, ExportError> {
+        let mut fds = vec![PollFd::new(&*self.stop.event, PollFlags::IN)];
+        fds.extend(listener.map(|listener| PollFd::new(listener, PollFlags::IN)));
+        match poll(&mut fds, limit) {
+            Err(rustix::io::Errno::INTR) => return Ok(false),
+            other => other.map_err(failed("cannot wait for a connection"))?,
+        };
+        Ok(!fds[0].revents().is_empty())
     }
 
     /// Serves one connection. Its queues are drained when this returns.
@@ -222,8 +244,15 @@ impl Export {
         let backend = BlkBackend::new(context, Arc::clone(&self.recovery))
             .map_err(failed("cannot set up the connection"))?;
         let backend = Arc::new(backend.in_sandbox(self.sandbox.clone()));
-        let mut daemon = VhostUserDaemon::new(CONTROL_THREAD.into(), Arc::clone(&backend), memory)
-            .map_err(|error| ExportError::Framework(error.to_string()))?;
+        let daemon = VhostUserDaemon::new(CONTROL_THREAD.into(), Arc::clone(&backend), memory);
+        let mut daemon = match daemon {
+            Ok(daemon) => daemon,
+            Err(error) => {
+                // It has let go of the threads that it had started already, and they run on.
+                backend.abandon();
+                return Err(ExportError::Framework(error.to_string()));
+            }
+        };
         let entry = new_eventfd().map_err(failed("cannot set up the connection"))?;
         let connected = self.connect_framework(&mut daemon).and_then(|ours| {
             self.confine_threads(&daemon, &ours, &entry)?;
@@ -233,8 +262,6 @@ impl Export {
             Ok(ours) => ours,
             Err(error) => {
                 log_end(daemon.wait());
-                drop(daemon);
-                backend.release();
                 return Err(error);
             }
         };
@@ -251,7 +278,6 @@ impl Export {
         log_end(daemon.wait());
         backend.close();
         drop(daemon);
-        backend.release();
         end.map_err(failed("cannot pass messages on"))
     }
 
@@ -320,6 +346,16 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+    )
+}
+
+/// Whether accepting failed because the host, or this process, has run out of something. Others may
+/// give it back, and the disk need not be closed for that.
+fn is_shortage(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(
+        Errno::from_io_error(error),
+        Some(Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)
     )
 }
 
