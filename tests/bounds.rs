@@ -259,3 +259,27 @@ fn images_that_claim_to_be_huge_are_served_in_little_memory_or_refused() {
     // The smallest clusters, for which 16 GiB have to be reserved.
     is_served(9, 64 * tib, 4096 + (16 << 30));
 }
+
+#[test]
+fn a_backing_file_that_claims_to_be_huge_costs_what_its_files_hold() {
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
+    // 128 TiB in clusters of 4 KiB: a bitmap of 4 GiB, all of it a hole. To look at each of its
+    // pages takes 8 MiB of page tables.
+    image(folder.path(), 12, 128 * 1024 * 1024 * MIB, 4096 + 4096 * MIB);
+    let mut command = Command::new(TOOL);
+    command.current_dir(folder.path());
+    command.args(["create", "-F", "add-cow", "-b", "disk.add-cow", "top.add-cow", "1G"]);
+    let output = run_to_end(command);
+    assert!(output.status.success(), "{output:?}");
+    let args = ["--blk-file", "top.add-cow", "--socket-path", "sock"];
+    let mut daemon = Daemon::spawn(folder.path(), &args, None);
+    let mut guest = daemon.guest(Setup::default());
+    for sector in [0, guest.config().capacity() - 8] {
+        assert_eq!(guest.read(sector, 4096), [0; 4096]);
+    }
+    let (memory, tables) = (daemon.own_memory(), daemon.status("VmPTE:"));
+    assert!(memory <= 64 * MIB, "{memory} bytes of memory");
+    assert!(tables <= 2 * MIB, "{tables} bytes of page tables");
+    drop(guest);
+    daemon.stop();
+}

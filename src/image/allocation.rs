@@ -34,6 +34,8 @@ struct Bits {
     geometry: BitmapGeometry,
     /// Bit `c % 64` of word `c / 64`; bits past the last cluster are 0.
     allocated: Box<[AtomicU64]>,
+    /// How many of them came from the side file.
+    loaded: u64,
     /// One bit per bitmap page that has bits which the side file lacks.
     dirty_pages: Box<[AtomicU64]>,
     /// How many threads are between marking a page dirty and setting its bits, by page number
@@ -92,6 +94,7 @@ impl AllocationMap {
         let bits = Bits {
             geometry: *geometry,
             allocated: zero_words(geometry.words())?,
+            loaded: 0,
             dirty_pages: zero_words(geometry.pages().div_ceil(WORD_BITS))?,
             marking: Default::default(),
         };
@@ -107,15 +110,16 @@ impl AllocationMap {
     /// Sets bits as the side file has them: `bytes` from byte `start` of its bitmap, a multiple of
     /// 8. Bits past the last cluster are ignored.
     pub fn load(&mut self, start: u64, bytes: &[u8]) {
-        let Some(bits) = &mut self.bits else { return };
+        let Some(Bits { geometry, allocated, loaded, .. }) = &mut self.bits else { return };
         let first = usize::try_from(start / 8).unwrap_or(usize::MAX);
-        let words = bits.allocated.iter_mut().skip(first);
-        for (word, value) in words.zip(decode_words(bytes)) {
-            change_word(word, |word| *word = value);
-        }
-        let last_mask = bits.geometry.word_mask(bits.geometry.words().saturating_sub(1));
-        if let Some(last) = bits.allocated.last_mut() {
-            change_word(last, |last| *last &= last_mask);
+        let words = allocated.iter_mut().skip(first).zip(decode_words(bytes));
+        for (index, (word, value)) in (start / 8..).zip(words) {
+            let value = value & geometry.word_mask(index);
+            change_word(word, |word| {
+                // A word that two ranges of the file share comes twice.
+                *loaded += u64::from((value & !*word).count_ones());
+                *word |= value;
+            });
         }
     }
 
@@ -183,7 +187,14 @@ impl AllocationMap {
         word.map_or(0, |word| word.load(Ordering::Acquire))
     }
 
-    /// How many clusters are allocated, or `None` when all are for good.
+    /// How many bits came from the side file, or `None` when all clusters are allocated for good.
+    /// Looks at no word: a bitmap may be a hole of any length.
+    #[must_use]
+    pub fn loaded(&self) -> Option<u64> {
+        self.bits.as_ref().map(|bits| bits.loaded)
+    }
+
+    /// How many clusters are allocated, or `None` when all are for good. Looks at every word.
     #[must_use]
     pub fn count(&self) -> Option<u64> {
         let bits = self.bits.as_ref()?;
@@ -354,6 +365,18 @@ mod tests {
     fn loading_ignores_bits_past_the_end() {
         let mut map = map(10);
         map.load(0, &[0xff, 0xff]);
-        assert_eq!(map.count(), Some(10));
+        assert_eq!((map.count(), map.loaded()), (Some(10), Some(10)));
+    }
+
+    #[test]
+    fn each_loaded_bit_is_counted_once() {
+        let mut map = map(200);
+        map.load(8, &[3; 8]);
+        map.load(8, &[3; 16]);
+        map.load(24, &[0xff]);
+        assert_eq!((map.count(), map.loaded()), (Some(40), Some(40)));
+        map.mark(0..2);
+        assert_eq!((map.count(), map.loaded()), (Some(42), Some(40)));
+        assert_eq!(AllocationMap::all().loaded(), None);
     }
 }

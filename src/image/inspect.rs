@@ -173,6 +173,6 @@ impl DiskFiles {
     /// # Errors
     /// As [`DiskFiles::open`].
     pub fn allocated_clusters(&self) -> Result<u64, OpenError> {
-        Ok(self.allocation()?.count().unwrap_or(self.geometry.clusters()))
+        Ok(self.allocation()?.loaded().unwrap_or(self.geometry.clusters()))
     }
 }

@@ -384,9 +384,14 @@ impl Daemon {
 
     /// Memory of its own, in bytes: not what it shares with guests or files.
     pub fn own_memory(&self) -> u64 {
+        self.status("RssAnon:")
+    }
+
+    /// A size in bytes out of its status (proc_pid_status(5)).
+    pub fn status(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()));
         let status = status.expect("its status");
-        let line = status.lines().find(|line| line.starts_with("RssAnon:")).expect("RssAnon");
+        let line = status.lines().find(|line| line.starts_with(name)).expect(name);
         let kib = line.split_whitespace().nth(1).expect("a number");
         kib.parse::<u64>().expect("a number") * 1024
     }

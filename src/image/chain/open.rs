@@ -260,7 +260,7 @@ impl Opener {
         let details = LayerDetails::AddCow {
             header: disk.header.clone(),
             geometry: disk.geometry,
-            allocated: allocation.count().unwrap_or(disk.geometry.clusters()),
+            allocated: allocation.loaded().unwrap_or(disk.geometry.clusters()),
         };
         let map = ClusterMap { cluster_size: disk.header.cluster_size, allocation };
         self.layers.push(Layer {
