@@ -12,7 +12,7 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::disk::{Daemon, Disk, Shape, TOOL, run_to_end};
 use common::guest::{Guest, Setup};
@@ -20,7 +20,9 @@ use common::model::{Model, Workload};
 use common::request::{Framing, OK, Request};
 use common::rng::Rng;
 use common::score::score;
-use common::{KIB, MIB, SECTOR, assert_bytes, pattern};
+use common::{KIB, MIB, SECTOR, TIMEOUT, assert_bytes, pattern};
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 
 /// How many times the daemons of a test are killed.
 const KILLS: u64 = 60;
@@ -314,6 +316,52 @@ fn a_region_that_is_no_region_is_refused() {
     is_refused("its length", |_, guest| guest.inflight().0.num_queues = 2);
     is_refused("queues of", |_, guest| guest.inflight().0.queue_size = 100);
     is_refused("its length", |_, guest| guest.inflight().0.queue_size = 64);
+}
+
+/// Starts a guest with two queues of 128 entries that keeps a region for `queues` of `size`, and
+/// fails unless the daemon ends the connection over queue `odd`, before it does anything with its
+/// requests. What the others have completed survives the daemon nonetheless.
+fn a_ring_without_a_place_is_refused(queues: usize, size: u16, odd: usize) {
+    let disk = Disk::create(Shape::new(4 * MIB, 64 * KIB).in_memory());
+    let mut daemon = disk.serve(&[]);
+    let mut guest = Guest::negotiate(daemon.connect(), Setup::queues(2, 128));
+    (guest.setup.queues, guest.setup.size) = (queues, size);
+    guest.keep_inflight();
+    guest.share_memory();
+    let lost = Request::write(200, &pattern(7, 200, SECTOR));
+    guest.submit(odd, &lost, &Framing::usual(&lost));
+    for queue in 0..odd {
+        guest.start_ring(queue);
+        write(&mut guest, 7, 5);
+    }
+    guest.configure_ring(odd);
+    // Its answer may come before the end, or not.
+    let _ = guest.message("SET_VRING_ENABLE", |front| front.set_vring_enable(odd, true));
+    guest.rings[odd].kick_always();
+    let end = Instant::now() + TIMEOUT;
+    while guest.message("GET_FEATURES", |front| front.get_features()).is_ok() {
+        assert!(Instant::now() < end, "served by a queue that nothing is kept of");
+    }
+    assert_eq!(guest.rings[odd].pop(), None, "a request that would be lost");
+    let (said, why) = (daemon.messages(), format!("is for {queues} queues of at most {size} entr"));
+    assert!(said.contains(&why), "{said}");
+    daemon.kill();
+    guest.rings.truncate(odd);
+    let (mut daemon, stream) = disk.serve_after_kill(&[]);
+    guest.reconnect(stream).expect("accepted");
+    drop(guest);
+    let mut other = daemon.guest(Setup::default());
+    let base = disk.initial();
+    assert_bytes(&other.read(200, SECTOR), &base[200 * SECTOR..][..SECTOR], "the base");
+    if odd > 0 {
+        assert_bytes(&other.read(5, SECTOR), &pattern(7, 5, SECTOR), "a write");
+    }
+}
+
+#[test]
+fn a_ring_that_the_region_has_no_place_for_does_not_run() {
+    a_ring_without_a_place_is_refused(1, 128, 1);
+    a_ring_without_a_place_is_refused(2, 64, 0);
 }
 
 /// Memory of `len` zero bytes, sealed as the device's is.

@@ -52,8 +52,8 @@ pub struct BlkBackend {
     context: QueueContext,
     /// Guest memory, as the queues may use it.
     memory: Mutex<Option<Arc<GuardedMemory>>>,
-    /// Readable once a queue has found that the front end took memory away.
-    memory_gone: Arc<OwnedFd>,
+    /// Readable once a queue has found that the connection cannot go on.
+    failed: Arc<OwnedFd>,
     /// Feature bits that the front end accepted.
     features: AtomicU64,
     /// Control of each queue that has run, by thread.
@@ -91,7 +91,7 @@ impl BlkBackend {
         Ok(Self {
             context,
             memory: Mutex::new(None),
-            memory_gone: new_eventfd()?,
+            failed: new_eventfd()?,
             features: AtomicU64::new(0),
             controls: Mutex::new(vec![None; queues]),
             closing: AtomicBool::new(false),
@@ -125,9 +125,10 @@ impl BlkBackend {
         }
     }
 
-    /// Becomes readable when the front end has taken memory away: the connection is to end then.
-    pub fn memory_gone(&self) -> BorrowedFd<'_> {
-        self.memory_gone.as_fd()
+    /// Becomes readable when a queue cannot run by the front end's fault: the connection is to end
+    /// then.
+    pub fn failed(&self) -> BorrowedFd<'_> {
+        self.failed.as_fd()
     }
 
     /// Stops all queues for good, and waits until they have drained.
@@ -178,11 +179,17 @@ impl BlkBackend {
         *entry = Some(Arc::clone(control));
     }
 
-    /// What outlives the process of queue `thread`, which has `size` entries.
-    fn heritage(&self, thread: usize, size: u16) -> Option<Heritage> {
-        let region = self.region.lock().expect("no panic while held").clone()?;
+    /// What outlives the process of queue `thread`, which has `size` entries; `None` if the front
+    /// end keeps nothing.
+    ///
+    /// A queue that has no place in what it keeps must not run: the next process would find neither
+    /// which clusters its writes have made new nor which requests it had taken, and would go on all
+    /// the same, since the region is in order.
+    fn heritage(&self, thread: usize, size: u16) -> Result<Option<Heritage>, RecoveryError> {
+        let region = self.region.lock().expect("no panic while held").clone();
+        let Some(region) = region else { return Ok(None) };
         let inflight = region.queue(thread, size)?;
-        Some(Heritage { inflight, journal: region.journal.clone() })
+        Ok(Some(Heritage { inflight, journal: region.journal.clone() }))
     }
 
     /// Runs a queue for as long as it is to run.
@@ -198,14 +205,15 @@ impl BlkBackend {
         let features = self.features.load(Ordering::SeqCst);
         let indirect = has_feature(features, VIRTIO_RING_F_INDIRECT_DESC);
         log::debug!("queue {thread} runs: {:x?}", permit.setup);
-        let heritage = self.heritage(thread, permit.setup.size);
-        match queue::run(&self.context, &permit, &map, indirect, heritage) {
+        let heritage = self.heritage(thread, permit.setup.size).map_err(QueueError::from);
+        let run = |heritage| queue::run(&self.context, &permit, &map, indirect, heritage);
+        match heritage.and_then(run) {
             Ok(()) => log::debug!("queue {thread} is at rest"),
             Err(error) => {
                 let limit = &self.context.log_limit;
                 limit.error(|| log::error!("queue {thread} stopped: {error}"));
-                if matches!(error, QueueError::MemoryGone) {
-                    ring_eventfd(&self.memory_gone);
+                if error.ends_connection() {
+                    ring_eventfd(&self.failed);
                 }
             }
         }

@@ -265,13 +265,8 @@ impl Export {
                 return Err(error);
             }
         };
-        let end = interposer::pass(
-            front,
-            &ours,
-            self.stop.event.as_fd(),
-            backend.memory_gone(),
-            &*backend,
-        );
+        let end =
+            interposer::pass(front, &ours, self.stop.event.as_fd(), backend.failed(), &*backend);
         // The framework ends with its socket, but not before it has worked off what it got: then
         // nothing changes the rings any more, and they can be stopped for good.
         drop(ours);
@@ -364,7 +359,7 @@ fn name_of(end: End) -> &'static str {
     match end {
         End::FrontEnd => "the front end",
         End::Framework => "a message that was not accepted",
-        End::MemoryGone => "guest memory that the front end took away",
+        End::Queue => "a queue that could not go on",
         End::Stopped => "a stop",
     }
 }

@@ -69,8 +69,8 @@ pub enum End {
     FrontEnd,
     /// The framework closed its side: it did not accept a message.
     Framework,
-    /// The front end took guest memory away.
-    MemoryGone,
+    /// A queue cannot run by the front end's fault: memory or recovery state is not as it must be.
+    Queue,
     /// We were told to stop.
     Stopped,
 }
@@ -97,7 +97,7 @@ pub trait InflightMessages {
 }
 
 /// Passes messages between `front` and `framework` until one of them hangs up, or `stop` or
-/// `memory_gone` becomes readable, also in the middle of a message: a front end that sends half of
+/// `queue_failed` becomes readable, also in the middle of a message: a front end that sends half of
 /// one, or does not take its answers, must not keep us from ending.
 ///
 /// # Errors
@@ -106,28 +106,28 @@ pub fn pass(
     front: &UnixStream,
     framework: &UnixStream,
     stop: BorrowedFd<'_>,
-    memory_gone: BorrowedFd<'_>,
+    queue_failed: BorrowedFd<'_>,
     device: &impl InflightMessages,
 ) -> io::Result<End> {
-    let ends = &[stop, memory_gone];
+    let ends = &[stop, queue_failed];
     loop {
         let mut fds = [
             PollFd::new(front, PollFlags::IN),
             PollFd::new(framework, PollFlags::IN),
             PollFd::from_borrowed_fd(stop, PollFlags::IN),
-            PollFd::from_borrowed_fd(memory_gone, PollFlags::IN),
+            PollFd::from_borrowed_fd(queue_failed, PollFlags::IN),
         ];
         match poll(&mut fds, None) {
             Err(rustix::io::Errno::INTR) => continue,
             other => other?,
         };
-        let [front_ready, framework_ready, stopped, memory_gone] =
+        let [front_ready, framework_ready, stopped, queue_failed] =
             fds.map(|fd| !fd.revents().is_empty());
         if stopped {
             return Ok(End::Stopped);
         }
-        if memory_gone {
-            return Ok(End::MemoryGone);
+        if queue_failed {
+            return Ok(End::Queue);
         }
         // Answers first: the framework's last words must reach the front end.
         if framework_ready

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::polling::Polling;
+use super::recovery::RecoveryError;
 use super::vring::{RunPermit, ring_eventfd};
 use crate::executor::TaskPool;
 use crate::image::journal::BitJournal;
@@ -58,9 +59,21 @@ pub enum QueueError {
     /// io_uring failed.
     #[error("io_uring: {0}")]
     Io(#[from] io::Error),
+    /// Its requests and their bits would not outlive us, as those of the other queues do.
+    #[error(transparent)]
+    Recovery(#[from] RecoveryError),
     /// The front end has cut a file of its memory: what was read of it cannot be relied on.
     #[error("the front end took guest memory away")]
     MemoryGone,
+}
+
+impl QueueError {
+    /// Whether the connection is to end: it is the front end's mistake, not its guest's, and it is
+    /// to hear of it.
+    #[must_use]
+    pub fn ends_connection(&self) -> bool {
+        matches!(self, Self::Recovery(_) | Self::MemoryGone)
+    }
 }
 
 /// What all queues of a connection share.

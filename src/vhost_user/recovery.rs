@@ -56,6 +56,17 @@ pub enum RecoveryError {
     /// The front end asks for queues that the device does not have.
     #[error("{} queues of {} entries are not what this device has", .0.queues, .0.size)]
     Shape(QueueShape),
+    /// A ring that the front end's region has no place for.
+    #[error("the front end's inflight region is for {} queues of at most {} entries, not for \
+             queue {index} with {size}", .shape.queues, .shape.size)]
+    NoPlace {
+        /// What the region is for.
+        shape: QueueShape,
+        /// The number of the queue.
+        index: usize,
+        /// How many entries it has.
+        size: u16,
+    },
     /// What the front end gave back cannot be used.
     #[error("recovery state is refused: {0}")]
     Refused(&'static str),
@@ -111,15 +122,18 @@ pub struct Region {
 }
 
 impl Region {
-    /// The requests in flight of queue `index`, if it has `size` entries.
-    #[must_use]
-    pub fn queue(&self, index: usize, size: u16) -> Option<InflightQueue> {
+    /// The requests in flight of queue `index`, which has `size` entries.
+    ///
+    /// # Errors
+    /// `NoPlace` if the region is not for such a queue.
+    pub fn queue(&self, index: usize, size: u16) -> Result<InflightQueue, RecoveryError> {
         let Layout { shape, stride, .. } = self.layout;
-        if index >= usize::from(shape.queues) || size > shape.size {
-            return None;
+        let has_place = index < usize::from(shape.queues) && size <= shape.size;
+        let first = index.checked_mul(stride).and_then(|words| QUEUES_START.checked_add(words));
+        match first.filter(|_| has_place) {
+            Some(first) => Ok(InflightQueue::new(Arc::clone(&self.memory), first, size)),
+            None => Err(RecoveryError::NoPlace { shape, index, size }),
         }
-        let first = QUEUES_START.checked_add(index.checked_mul(stride)?)?;
-        Some(InflightQueue::new(Arc::clone(&self.memory), first, size))
     }
 
     /// Bytes of the region.

@@ -244,10 +244,15 @@ impl Guest {
         guest
     }
 
-    /// Tells the device about memory, and starts all rings.
-    fn start_rings(&mut self) {
+    /// Tells the device about memory.
+    pub fn share_memory(&mut self) {
         let table = self.mem.table();
         self.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
+    }
+
+    /// Tells the device about memory, and starts all rings.
+    fn start_rings(&mut self) {
+        self.share_memory();
         for queue in 0..self.rings.len() {
             self.start_ring(queue);
         }
