@@ -8,7 +8,7 @@
 //! one, as long as a medium writes one aligned block of 512 bytes whole: the fixed header lies in
 //! such a block, and the name that it leads to is there before it and its old name after it.
 //!
-//! Not here: writing and syncing (`jobs::header`).
+//! Not here: writing and syncing (`DiskParts::change_header` in `jobs::parts`).
 
 use zerocopy::IntoBytes;
 use zerocopy::byteorder::little_endian::{U32, U64};
