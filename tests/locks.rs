@@ -118,7 +118,7 @@ fn tool_leaves_a_served_disk_alone_unless_it_only_looks_and_is_told_to() {
         succeeds(&disk, TOOL, &[verb, "-U", "disk.add-cow"]);
     }
     refused(&disk, TOOL, &["info", "-f", "raw", "disk.raw"], IN_USE);
-    refused(&disk, TOOL, &["check", "-r", "leaks", "disk.add-cow"], "--api-socket");
+    refused(&disk, TOOL, &["check", "-r", "leaks", "disk.add-cow"], "stop it first");
     refused(&disk, TOOL, &["check", "-r", "leaks", "-U", "disk.add-cow"], "does not go with -U");
     refused(&disk, TOOL, &["create", "--force", "disk.add-cow", "4M"], IN_USE);
     refused(&disk, TOOL, &["create", "-i", "disk.raw", "new.add-cow"], IN_USE);

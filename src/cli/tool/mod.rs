@@ -190,7 +190,7 @@ impl Verb {
             Self::Info(_) | Self::Map(_) | Self::Measure(_) => ADVICE_TO_LOOK,
             Self::Check(arguments) if !arguments.repairs() => ADVICE_TO_LOOK,
             Self::Convert(_) => "stop it; -U reads a disk in use all the same",
-            _ => "stop it; on a disk that addcowd serves this version has no --api-socket yet",
+            _ => "stop it first",
         }
     }
 }
