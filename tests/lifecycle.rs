@@ -406,6 +406,9 @@ fn socket_path_of_a_live_daemon_is_refused_and_that_daemon_goes_on() {
     let path = daemon.socket.to_str().expect("a plain path");
     let output = other.run(&["--blk-file", "disk.add-cow", "--socket-path", path]);
     assert_refused(&output, "a socket path in use");
+    let line =
+        format!("addcowd: cannot listen on '{path}': the socket is in use by another process\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), line);
     assert_bytes(&guest.read(0, 4096), &disk.initial()[..4096], "the guest of the first daemon");
     assert!(daemon.socket.exists());
 }
@@ -418,6 +421,24 @@ fn file_that_is_no_socket_is_not_replaced() {
     assert_refused(&output, "a file as socket path");
     let content = std::fs::read(disk.path("precious")).expect("the file");
     assert_eq!(content, b"do not touch");
+}
+
+#[test]
+fn what_the_host_says_about_a_socket_ends_a_line_that_names_it() {
+    let disk = Disk::small();
+    let no_file = "No such file or directory";
+    for (option, value, line) in [
+        ("--socket-path", "missing/sock", format!("cannot listen on 'missing/sock': {no_file}")),
+        ("--fd", "99", "cannot use file descriptor 99: Bad file descriptor".to_owned()),
+        ("--fd", "0", "cannot use file descriptor 0: Socket operation on non-socket".to_owned()),
+        ("--image-folder", "none", format!("cannot use --image-folder 'none': {no_file}")),
+    ] {
+        let socket: &[&str] = if option.starts_with("--i") { &["--fd", "0"] } else { &[] };
+        let args = [&["--blk-file", "disk.add-cow", option, value], socket].concat();
+        let output = disk.run(&args);
+        assert_refused(&output, value);
+        assert_eq!(String::from_utf8_lossy(&output.stderr), format!("addcowd: {line}\n"));
+    }
 }
 
 #[test]

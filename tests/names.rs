@@ -463,7 +463,8 @@ fn the_folder_must_be_one() {
     let lab = Lab::new();
     lab.disk("images/a.add-cow", "disk.raw", None);
     for (folder, words) in [("none", "No such file"), ("images/disk.raw", "Not a directory")] {
-        let words = ["--image-folder", folder, words];
+        let said = format!("cannot use --image-folder '{folder}': {words}");
+        let words = [said.as_str()];
         lab.both_refuse("images/a.add-cow", &["--image-folder", folder], &words);
     }
 }

@@ -3,6 +3,7 @@
 //! Follows the conventions for back-end programs in QEMU's vhost-user text ("Backend program
 //! conventions"): fail early with one line, never daemonize, end on SIGTERM.
 
+use std::error::Error;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -28,8 +29,8 @@ use crate::vhost_user::backend::MAX_QUEUES;
 use crate::vhost_user::export::{Endpoint, Export, StopHandle, Tuning};
 use crate::virtio::config::DeviceConfig;
 
-use super::Outcome;
 use super::names::NameArguments;
+use super::{Outcome, failed};
 
 /// The program's name in messages.
 const PROGRAM: &str = "addcowd";
@@ -189,12 +190,12 @@ pub fn main(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
 fn serve(arguments: &Arguments) -> Outcome {
     // First of all: the broker must not inherit anything.
     let sandbox = Sandbox::start(arguments.socket_path.as_deref(), !arguments.no_sandbox)
-        .map_err(|error| format!("cannot start the broker process: {error}"))?;
+        .map_err(failed("cannot start the broker process"))?;
     arguments.names.install()?;
     let image = open_image(arguments)?;
     // From here on they wait for the thread that takes them: nothing half-done is left behind.
     let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    signals.thread_block().map_err(io::Error::from)?;
+    signals.thread_block().map_err(io::Error::from).map_err(failed("cannot block signals"))?;
     let socket = match (&arguments.fd, &arguments.socket_path) {
         (Some(fd), _) => Socket::inherited(*fd)?,
         (None, Some(path)) => Socket::bind(path)?,
@@ -217,7 +218,7 @@ fn serve_on(
     image: OpenImage,
     endpoint: Endpoint,
 ) -> Outcome {
-    let stop = StopHandle::new()?;
+    let stop = StopHandle::new().map_err(failed("cannot make an eventfd"))?;
     let config = DeviceConfig {
         num_queues: arguments.num_queues,
         queue_size: arguments.queue_size,
@@ -231,7 +232,8 @@ fn serve_on(
     let export = Export::new(image, config, writeback, tuning, stop.clone())?;
     let export = export.in_sandbox(sandbox.clone());
     confine(sandbox, signals, &export, arguments)?;
-    stop_on_signals(signals, stop, sandbox.clone())?;
+    stop_on_signals(signals, stop, sandbox.clone())
+        .map_err(failed("cannot start the thread for signals"))?;
     if !arguments.no_mapping {
         // With the rights that the queues have, or the host would show more than it shows them.
         export.image().map_files();
@@ -277,8 +279,8 @@ fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Argu
         // A backtrace would read files, which ends a confined process.
         std::panic::set_hook(Box::new(|panic| log::error!("internal error: {panic}")));
     }
-    let failed = |error: io::Error| format!("cannot enter the sandbox: {error}");
-    for missing in sandbox.confine().map_err(failed)? {
+    const ENTER: &str = "cannot enter the sandbox";
+    for missing in sandbox.confine().map_err(failed(ENTER))? {
         log::warn!("sandbox: {missing}");
     }
     let late = sandbox.clone();
@@ -286,7 +288,7 @@ fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Argu
         signals.thread_block()?;
         late.enter_late(Profile::Tables)
     };
-    export.image().on_tables_thread(enter).map_err(failed)?;
+    export.image().on_tables_thread(enter).map_err(failed(ENTER))?;
     Ok(0)
 }
 
@@ -321,51 +323,52 @@ struct Socket {
 
 impl Socket {
     /// Binds a listener to `path`.
-    fn bind(path: &Path) -> Result<Self, String> {
-        let failed = |error: io::Error| format!("{}: cannot listen: {error}", path.display());
-        let listener = match UnixListener::bind(path) {
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                remove_stale(path)?;
-                UnixListener::bind(path).map_err(failed)?
-            }
-            other => other.map_err(failed)?,
+    fn bind(path: &Path) -> Result<Self, Box<dyn Error>> {
+        let bind = || -> Result<_, Box<dyn Error>> {
+            let listener = match UnixListener::bind(path) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    remove_stale(path)?;
+                    UnixListener::bind(path)?
+                }
+                other => other?,
+            };
+            Ok((listener, rustix::fs::lstat(path).map_err(io::Error::from)?))
         };
-        let stat = rustix::fs::lstat(path).map_err(|error| failed(error.into()))?;
+        let action = format!("cannot listen on '{}'", path.display());
+        let (listener, stat) = bind().map_err(failed(action))?;
         let identity = SocketIdentity { device: stat.st_dev, inode: stat.st_ino };
         let created = Some((path.to_owned(), identity));
         Ok(Self { endpoint: Endpoint::Listening(listener), created })
     }
 
     /// Takes an inherited socket. The conventions leave open whether it listens or is connected.
-    fn inherited(fd: RawFd) -> Result<Self, String> {
-        let failed = |error: io::Error| format!("file descriptor {fd}: {error}");
-        let socket = duplicate(fd).map_err(failed)?;
-        let listens = socket_acceptconn(&socket).map_err(|error| failed(error.into()))?;
-        let endpoint = if listens {
-            Endpoint::Listening(UnixListener::from(socket))
-        } else {
+    fn inherited(fd: RawFd) -> Result<Self, Box<dyn Error>> {
+        let take = || -> io::Result<_> {
+            let socket = duplicate(fd)?;
+            if socket_acceptconn(&socket)? {
+                return Ok(Endpoint::Listening(UnixListener::from(socket)));
+            }
             let stream = UnixStream::from(socket);
-            stream.peer_addr().map_err(failed)?;
-            stream.set_nonblocking(false).map_err(failed)?;
-            Endpoint::Connected(stream)
+            stream.peer_addr()?;
+            stream.set_nonblocking(false)?;
+            Ok(Endpoint::Connected(stream))
         };
+        let endpoint = take().map_err(failed(format!("cannot use file descriptor {fd}")))?;
         Ok(Self { endpoint, created: None })
     }
 }
 
 /// Removes a socket that nobody listens on any more.
-fn remove_stale(path: &Path) -> Result<(), String> {
-    let refused = |cause: &str| format!("{}: cannot listen: {cause}", path.display());
-    let metadata = std::fs::symlink_metadata(path).map_err(|error| refused(&error.to_string()))?;
-    if !metadata.file_type().is_socket() {
-        return Err(refused("the path exists and is not a socket"));
+fn remove_stale(path: &Path) -> Result<(), Box<dyn Error>> {
+    if !std::fs::symlink_metadata(path)?.file_type().is_socket() {
+        return Err("the path exists and is not a socket".into());
     }
     match UnixStream::connect(path) {
-        Ok(_) => Err(refused("the socket is in use by another process")),
+        Ok(_) => Err("the socket is in use by another process".into()),
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path).map_err(|error| refused(&error.to_string()))
+            Ok(std::fs::remove_file(path)?)
         }
-        Err(error) => Err(refused(&error.to_string())),
+        Err(error) => Err(error.into()),
     }
 }
 

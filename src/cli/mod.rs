@@ -77,6 +77,22 @@ fn is_interruption(error: &(dyn Error + 'static)) -> bool {
         || matches!(error.downcast_ref(), Some(JobError::Interrupted(Interrupted)))
 }
 
+/// An action that failed. Why is its source: an error of the host keeps its own type up to
+/// [`error_line`], which knows how to say it.
+#[derive(Debug, thiserror::Error)]
+#[error("{action}")]
+struct Failed {
+    /// What could not be done, to what.
+    action: String,
+    /// Why.
+    source: Box<dyn Error>,
+}
+
+/// Says which action an error is about.
+fn failed<E: Into<Box<dyn Error>>>(action: impl Into<String>) -> impl FnOnce(E) -> Box<dyn Error> {
+    move |source| Box::new(Failed { action: action.into(), source: source.into() })
+}
+
 /// The line that reports `error`: the program, then what went wrong, then why, as far as known.
 #[must_use]
 pub fn error_line(program: &str, error: &(dyn Error + 'static)) -> String {
@@ -115,6 +131,19 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("{0}")]
     struct Layer(&'static str, #[source] Option<Box<dyn Error>>);
+
+    #[test]
+    fn an_action_that_failed_is_followed_by_the_hosts_words_alone() {
+        let host = io::Error::from_raw_os_error(2);
+        assert_eq!(
+            error_line("addcowd", failed("cannot listen on 'a'")(host).as_ref()),
+            "addcowd: cannot listen on 'a': No such file or directory"
+        );
+        assert_eq!(
+            error_line("addcowd", failed("cannot listen on 'a'")("it is in use").as_ref()),
+            "addcowd: cannot listen on 'a': it is in use"
+        );
+    }
 
     #[test]
     fn causes_are_joined_on_one_line_and_never_repeated() {

@@ -2,10 +2,12 @@
 //!
 //! Not here: what they do (`storage/name_policy.rs`).
 
+use std::error::Error;
 use std::path::PathBuf;
 
 use clap::Args;
 
+use super::failed;
 use crate::storage::name_policy::NamePolicy;
 
 /// Where names that come out of files may lead.
@@ -22,11 +24,10 @@ pub(super) struct NameArguments {
 
 impl NameArguments {
     /// Makes this the policy of the process. Before any disk is opened.
-    pub(super) fn install(&self) -> Result<(), String> {
+    pub(super) fn install(&self) -> Result<(), Box<dyn Error>> {
         let folder = self.image_folder.as_deref();
-        NamePolicy::new(self.allow_devices, folder).and_then(NamePolicy::install).map_err(|error| {
-            let folder = folder.unwrap_or("".as_ref()).display();
-            format!("--image-folder '{folder}': cannot be used: {error}")
-        })
+        let installed = NamePolicy::new(self.allow_devices, folder).and_then(NamePolicy::install);
+        let folder = folder.unwrap_or("".as_ref()).display();
+        installed.map_err(failed(format!("cannot use --image-folder '{folder}'")))
     }
 }

@@ -14,7 +14,7 @@ use clap::Args;
 
 use crate::cli::output::print;
 use crate::cli::tool::on_disk;
-use crate::cli::{Outcome, size};
+use crate::cli::{Outcome, failed, size};
 use crate::executor::block_on;
 use crate::image::chain::DiskFormat;
 use crate::image::create::{check_size, new_geometry};
@@ -103,10 +103,9 @@ fn resize_raw(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Err
     let size = new_size(size, present)?;
     check_size(size)?;
     check_change(path, &disk.raw, present, size, shrink)?;
-    let failed = |error: std::io::Error| format!("cannot resize '{}': {error}", path.display());
     let storage = FileStorage::new(Arc::clone(&disk.raw));
-    storage.set_len(size).map_err(failed)?;
-    Ok(block_on(storage.sync()).map_err(failed)?)
+    let resized = storage.set_len(size).and_then(|()| block_on(storage.sync()));
+    resized.map_err(failed(format!("cannot resize '{}'", path.display())))
 }
 
 /// Refuses a change that `shrink` does not cover, or that the raw image does not allow.
