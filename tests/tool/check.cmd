@@ -75,3 +75,11 @@ poke plain.add-cow 24 '\001'
 refused addcow check plain.add-cow
 refused addcow check -r some disk.add-cow
 refused addcow check missing.add-cow
+
+echo '# nothing but add-cow files is checked, whatever the file is'
+addcow create -q fine.add-cow 64k
+t addcow check -q -f add-cow fine.add-cow
+for format in raw qcow2 qed; do
+    refused addcow check -f $format fine.add-cow
+done
+refused addcow check -f vmdk fine.add-cow

@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use super::{DiskArguments, DiskFormat, PROGRAM};
 use crate::cli::output::{Output, percent, print, printable, write_json};
-use crate::cli::{Outcome, error_line};
+use crate::cli::{Outcome, error_line, failed};
 use crate::format::FormatError;
 use crate::image::OpenError;
 use crate::image::check::{CheckReport, Finding, add_cow};
@@ -29,6 +29,10 @@ const EXIT_UNSUPPORTED: u8 = 63;
 
 /// The command line of `addcow check`.
 #[derive(Debug, Args)]
+#[command(mut_arg("format", |format| {
+    format.help("Format of the disk: add-cow; nothing else is checked").hide_possible_values(true)
+}))]
+#[command(mut_arg("disk", |disk| disk.help("The disk: its add-cow file")))]
 pub struct Arguments {
     /// Which disk, and how to show the result.
     #[command(flatten)]
@@ -37,7 +41,7 @@ pub struct Arguments {
     /// `all` does no more than `leaks`
     #[arg(short, long, value_name = "WHAT")]
     repair: Option<Repair>,
-    /// Print errors only
+    /// Print errors and leaks only
     #[arg(short, long)]
     quiet: bool,
 }
@@ -92,8 +96,9 @@ struct CheckResult {
 /// Checks a disk.
 pub fn run(arguments: &Arguments) -> Outcome {
     let path = &arguments.disk.disk;
-    if arguments.disk.format == DiskFormat::Raw {
-        eprintln!("{PROGRAM}: a raw image has nothing that could be checked");
+    if let Some(cause) = unsupported(arguments.disk.format) {
+        let error = failed(format!("cannot check '{}'", path.display()))(cause);
+        eprintln!("{}", error_line(PROGRAM, error.as_ref()));
         return Ok(EXIT_UNSUPPORTED);
     }
     let repair = arguments.repairs();
@@ -116,6 +121,17 @@ pub fn run(arguments: &Arguments) -> Outcome {
         (0, _) => EXIT_LEAKS,
         _ => EXIT_CORRUPTIONS,
     })
+}
+
+/// Why disks in that format are not checked, if they are not.
+fn unsupported(format: DiskFormat) -> Option<&'static str> {
+    match format {
+        DiskFormat::AddCow => None,
+        DiskFormat::Raw => Some("a raw image has nothing that could be checked"),
+        DiskFormat::Qcow2 | DiskFormat::Qed => {
+            Some("only add-cow files are checked (qemu-img check does it for qcow2 and QED)")
+        }
+    }
 }
 
 /// Whether the file is none that can be checked at all.
