@@ -59,6 +59,9 @@ t addcow convert --force disk.add-cow full.img
 cmp full.img flat.img
 t addcow compare -F raw new.add-cow flat.img
 
+echo '# what it takes with -o'
+t addcow convert -o help
+
 echo '# refused'
 refused addcow convert --force disk.add-cow disk.raw
 refused addcow convert --force disk.add-cow disk.add-cow
@@ -71,6 +74,9 @@ refused addcow convert -O qcow2 disk.add-cow new.qcow2
 refused addcow convert -c disk.add-cow new.img
 refused addcow convert -o cluster_size=64k disk.add-cow new.img
 refused addcow convert -O add-cow -o size=1M disk.add-cow new2.add-cow
+refused addcow convert -O add-cow -B base.img -o backing_file=base.img disk.add-cow new2.add-cow
+refused addcow convert -O add-cow -o image_fmt=raw,image_fmt=raw disk.add-cow new2.add-cow
+refused addcow convert -O add-cow -o sise=1M disk.add-cow new2.add-cow
 refused addcow convert -O add-cow -o cluster=64k disk.add-cow new2.add-cow
 refused addcow convert -S 1000 disk.add-cow new.img
 refused addcow convert -S 32M disk.add-cow new.img

@@ -11,6 +11,8 @@ t addcow measure disk.add-cow
 t addcow measure -f raw base.img
 t addcow measure -f raw -O add-cow base.img
 
+t addcow measure -o help
+
 echo '# what it foretells'
 addcow convert -O add-cow disk.add-cow new.add-cow
 addcow measure -O add-cow disk.add-cow
@@ -25,4 +27,10 @@ refused addcow measure --size 10x
 refused addcow measure -O add-cow --size 15E
 refused addcow measure -o cluster_size=64k --size 1G
 refused addcow measure -O add-cow -o cluster_size=1k --size 1G
+for key in backing_file=base.img backing_fmt=raw image_file=a.img image_fmt=raw; do
+    refused addcow measure -O add-cow -o $key --size 1G
+done
+refused addcow measure -O add-cow -o backing_fil=base.img --size 1G
+refused addcow measure -o size=1G disk.add-cow
+refused addcow measure -o size=1G --size 2G
 refused addcow measure nothing.add-cow

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum, ValueHint};
 
-use super::create::{Values, create_options, merge, options_help, split_options};
+use super::create::{Use, Uses, Values, create_options, merge, options_help, split_options};
 use super::locking;
 use crate::cli::output::print;
 use crate::cli::progress::ProgressLine;
@@ -19,6 +19,16 @@ use crate::units::SECTOR_SIZE;
 
 /// The largest number for `-S`, in bytes: that of qemu-img.
 const MAX_SPARSE: u64 = 16 << 20;
+
+/// The keys of `-o`. A raw image has none of them.
+const USES: Uses = [
+    Use::Not("the size of a converted disk is that of the old one"),
+    Use::SameAs("-B"),
+    Use::SameAs("-F"),
+    Use::OfAddCow,
+    Use::OfAddCow,
+    Use::OfAddCow,
+];
 
 /// The command line of `addcow convert`.
 #[derive(Debug, Args)]
@@ -72,8 +82,8 @@ pub enum OutputFormat {
 
 /// Converts a disk.
 pub fn run(arguments: Arguments) -> Outcome {
-    let Some(given) = split_options(&arguments.options)? else {
-        print(|out| Ok(out.write_all(options_help().as_bytes())?))?;
+    let Some(given) = split_options(&arguments.options, &USES)? else {
+        print(|out| Ok(out.write_all(options_help(&USES).as_bytes())?))?;
         return Ok(0);
     };
     let names = (arguments.disk.clone(), arguments.out.clone());
@@ -82,7 +92,7 @@ pub fn run(arguments: Arguments) -> Outcome {
     };
     let values: Values =
         [None, arguments.backing.clone(), arguments.backing_format.clone(), None, None, None];
-    let values = merge(values, given)?;
+    let values = merge(values, given, &USES)?;
     let options = ConvertOptions {
         source: disk,
         format: arguments.format,
@@ -103,9 +113,6 @@ fn target(arguments: &Arguments, out: PathBuf, values: Values) -> Result<Target,
             Err("a raw image has no options and no backing file (-O add-cow has)".into())
         }
         OutputFormat::Raw => Ok(Target::Raw { path: out, force }),
-        OutputFormat::AddCow if values[0].is_some() => {
-            Err("the size of a converted disk is that of the old one".into())
-        }
         OutputFormat::AddCow => Ok(Target::AddCow(create_options(out, values, force)?)),
     }
 }

@@ -74,18 +74,40 @@ struct Key {
     name: &'static str,
     /// Its meaning.
     help: &'static str,
-    /// The other way to say the same.
-    same_as: &'static str,
 }
 
 /// The keys of `-o`; their order is that of the fields of [`Values`].
 const KEYS: [Key; 6] = [
-    Key { name: "size", help: "size of the disk", same_as: "SIZE" },
-    Key { name: "backing_file", help: "name of the backing file", same_as: "-b" },
-    Key { name: "backing_fmt", help: "format of the backing file (raw)", same_as: "-F" },
-    Key { name: "image_file", help: "name of the image file", same_as: "-i" },
-    Key { name: "image_fmt", help: "format of the image file (raw)", same_as: "--image-format" },
-    Key { name: "cluster_size", help: "size of a cluster, 4K to 2M", same_as: "--cluster-size" },
+    Key { name: "size", help: "size of the disk" },
+    Key { name: "backing_file", help: "name of the backing file" },
+    Key { name: "backing_fmt", help: "format of the backing file (raw)" },
+    Key { name: "image_file", help: "name of the image file" },
+    Key { name: "image_fmt", help: "format of the image file (raw)" },
+    Key { name: "cluster_size", help: "size of a cluster, 4K to 2M" },
+];
+
+/// Whether a verb takes a key.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Use {
+    /// It does, and this is the other way to say the same.
+    SameAs(&'static str),
+    /// It does, with `-O add-cow`, and there is no other way to say it.
+    OfAddCow,
+    /// It does not, and this is why.
+    Not(&'static str),
+}
+
+/// What a verb does with each of [`KEYS`].
+pub(super) type Uses = [Use; KEYS.len()];
+
+/// `create` takes them all.
+const USES: Uses = [
+    Use::SameAs("SIZE"),
+    Use::SameAs("-b"),
+    Use::SameAs("-F"),
+    Use::SameAs("-i"),
+    Use::SameAs("--image-format"),
+    Use::SameAs("--cluster-size"),
 ];
 
 /// The values of [`KEYS`], from wherever they were given.
@@ -97,12 +119,9 @@ pub(super) type Given = Vec<(usize, OsString)>;
 /// Makes a disk.
 pub fn run(arguments: Arguments) -> Outcome {
     let Format::AddCow = arguments.format;
-    let given = match split_options(&arguments.options)? {
-        Some(given) => given,
-        None => {
-            print(|out| Ok(out.write_all(options_help().as_bytes())?))?;
-            return Ok(0);
-        }
+    let Some(given) = split_options(&arguments.options, &USES)? else {
+        print(|out| Ok(out.write_all(options_help(&USES).as_bytes())?))?;
+        return Ok(0);
     };
     let disk = arguments.disk.ok_or("no DISK given (see addcow create --help)")?;
     let values: Values = [
@@ -113,7 +132,7 @@ pub fn run(arguments: Arguments) -> Outcome {
         arguments.image_format,
         arguments.cluster_size,
     ];
-    let options = create_options(disk, merge(values, given)?, arguments.force)?;
+    let options = create_options(disk, merge(values, given, &USES)?, arguments.force)?;
     let created = add_cow(&options).map_err(with_advice)?;
     if !arguments.quiet {
         print(|out| Ok(writeln!(out, "{}", printable(&summary(&options.path, &created)))?))?;
@@ -218,9 +237,12 @@ pub(super) fn parse_cluster_size(text: &OsStr) -> Result<ClusterSize, Box<dyn Er
     })
 }
 
-/// The keys and values in all `-o`, or `None` if help is asked for. A comma in a value is written
-/// twice.
-pub(super) fn split_options(options: &[OsString]) -> Result<Option<Given>, Box<dyn Error>> {
+/// The keys and values in all `-o` of a verb, or `None` if help is asked for. A comma in a value is
+/// written twice.
+pub(super) fn split_options(
+    options: &[OsString],
+    uses: &Uses,
+) -> Result<Option<Given>, Box<dyn Error>> {
     let mut given = Vec::new();
     for options in options {
         for option in split_at_commas(options.as_bytes()) {
@@ -232,7 +254,7 @@ pub(super) fn split_options(options: &[OsString]) -> Result<Option<Given>, Box<d
             if value.is_none() && (key == "help" || key == "?") {
                 return Ok(None);
             }
-            let index = key_index(&key)?;
+            let index = key_index(&key, uses)?;
             let value = value.ok_or_else(|| format!("option '{key}' needs a value ({key}=...)"))?;
             given.push((index, OsString::from_vec(value.to_vec())));
         }
@@ -254,12 +276,21 @@ fn split_at_commas(text: &[u8]) -> Vec<Vec<u8>> {
     pieces
 }
 
-/// Where in [`KEYS`] a key is.
-fn key_index(key: &str) -> Result<usize, Box<dyn Error>> {
+/// The keys, and what a verb does with them.
+fn keys(uses: &Uses) -> impl Iterator<Item = (&Key, Use)> {
+    KEYS.iter().zip(uses.iter().copied())
+}
+
+/// Where in [`KEYS`] a key is that a verb takes.
+fn key_index(key: &str, uses: &Uses) -> Result<usize, Box<dyn Error>> {
     if let Some(index) = KEYS.iter().position(|known| known.name == key) {
-        return Ok(index);
+        return match uses[index] {
+            Use::Not(why) => Err(format!("option '{key}' cannot be used here: {why}").into()),
+            _ => Ok(index),
+        };
     }
-    let nearest = KEYS.iter().map(|known| (distance(key, known.name), known.name)).min();
+    let taken = keys(uses).filter(|(_, taken)| !matches!(taken, Use::Not(_)));
+    let nearest = taken.map(|(known, _)| (distance(key, known.name), known.name)).min();
     let hint = match nearest {
         // Further off it is no slip of the finger.
         Some((distance, name)) if distance <= 1 + name.len() / 3 => {
@@ -287,22 +318,34 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 /// Both ways to give a value, of which only one may be used.
-pub(super) fn merge(mut values: Values, given: Given) -> Result<Values, Box<dyn Error>> {
+pub(super) fn merge(
+    mut values: Values,
+    given: Given,
+    uses: &Uses,
+) -> Result<Values, Box<dyn Error>> {
     for (index, value) in given {
-        let Key { name, same_as, .. } = &KEYS[index];
         if values[index].replace(value).is_some() {
-            return Err(format!("option '{name}' (or {same_as}) is given twice").into());
+            let other = match uses[index] {
+                Use::SameAs(other) => format!(" (or {other})"),
+                _ => String::new(),
+            };
+            return Err(format!("option '{}'{other} is given twice", KEYS[index].name).into());
         }
     }
     Ok(values)
 }
 
-/// What `-o help` prints.
-pub(super) fn options_help() -> String {
+/// What `-o help` of a verb prints.
+pub(super) fn options_help(uses: &Uses) -> String {
     let mut text = "Supported options:\n".to_owned();
-    for Key { name, help, same_as } in &KEYS {
+    for (Key { name, help }, taken) in keys(uses) {
+        let how = match taken {
+            Use::SameAs(other) => format!("same as {other}"),
+            Use::OfAddCow => "with -O add-cow".to_owned(),
+            Use::Not(_) => continue,
+        };
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "  {name:<13} - {help}; same as {same_as}");
+        let _ = writeln!(text, "  {name:<13} - {help}; {how}");
     }
     text
 }

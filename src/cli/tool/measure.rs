@@ -10,12 +10,27 @@ use clap::Args;
 use serde::Serialize;
 
 use super::convert::OutputFormat;
-use super::create::{merge, options_help, parse_cluster_size, parse_size, split_options};
+use super::create::{
+    Use, Uses, merge, options_help, parse_cluster_size, parse_size, split_options,
+};
 use super::locking;
 use crate::cli::Outcome;
 use crate::cli::output::{Output, print, write_json};
 use crate::image::chain::{ChainOptions, DiskFormat, OpenChain};
 use crate::jobs::measure::{Target, measure};
+
+/// Why the other keys are not taken.
+const NO_MATTER: &str = "the space that a disk needs does not depend on it";
+
+/// The keys of `-o`.
+const USES: Uses = [
+    Use::SameAs("--size"),
+    Use::Not(NO_MATTER),
+    Use::Not(NO_MATTER),
+    Use::Not(NO_MATTER),
+    Use::Not(NO_MATTER),
+    Use::OfAddCow,
+];
 
 /// The command line of `addcow measure`.
 #[derive(Debug, Args)]
@@ -28,7 +43,7 @@ pub struct Arguments {
     /// Format of the new disk
     #[arg(short = 'O', long, value_name = "FMT", default_value = "raw")]
     output_format: OutputFormat,
-    /// Options of the new disk, as key=value,...: cluster_size
+    /// Options of the new disk, as key=value,...: size, cluster_size; `-o help` lists them
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<OsString>,
     /// Size of the new disk, in place of that of a disk
@@ -57,11 +72,15 @@ struct Measured {
 
 /// Measures a new disk.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let Some(given) = split_options(&arguments.options)? else {
-        print(|out| Ok(out.write_all(options_help().as_bytes())?))?;
+    let Some(given) = split_options(&arguments.options, &USES)? else {
+        print(|out| Ok(out.write_all(options_help(&USES).as_bytes())?))?;
         return Ok(0);
     };
-    let [size, _, _, _, _, cluster_size] = merge(Default::default(), given)?;
+    let values = [arguments.size.clone(), None, None, None, None, None];
+    let [size, _, _, _, _, cluster_size] = merge(values, given, &USES)?;
+    if size.is_some() && arguments.disk.is_some() {
+        return Err("option 'size' cannot be used with DISK, which has one".into());
+    }
     let target = match arguments.output_format {
         OutputFormat::Raw if cluster_size.is_some() => {
             return Err("a raw image has no clusters (-O add-cow has)".into());
@@ -71,7 +90,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
             Target::AddCow(cluster_size.as_deref().map(parse_cluster_size).transpose()?)
         }
     };
-    let size = match arguments.size.as_ref().or(size.as_ref()) {
+    let size = match size.as_ref() {
         Some(text) => parse_size(text)?,
         None => size_of(arguments)?,
     };
