@@ -1,6 +1,6 @@
-//! Does anything stay behind? Two thousand front ends come and go, in every way they can, and five
-//! hundred images cannot be opened, and connections fail at every step of being set up: descriptors,
-//! threads and mappings are as they were.
+//! Does anything stay behind? Two thousand front ends come and go, in every way they can, five
+//! hundred images cannot be opened, and connections fail at every step of being set up:
+//! descriptors, threads and mappings are as they were.
 //!
 //! Counts those of whole processes, this one among them, so nothing else runs in this file
 //! meanwhile. Not here: memory in bytes (`bounds.rs`).
