@@ -296,7 +296,8 @@ impl Worker<'_> {
             }
             if progress > 0 {
                 self.ring.submit()?;
-            } else {
+            } else if stopping || failure.is_none() {
+                // Not after a failure of this turn, which the next one sees.
                 self.sleep(&pool, stopping)?;
             }
         }
