@@ -19,7 +19,7 @@ use crate::image::open::OpenImage;
 use crate::log_limit::LogLimit;
 use crate::storage::buffer::IoMemory;
 use crate::storage::uring::Ring;
-use crate::virtio::chain::{self, Chain, MAX_SEGMENTS};
+use crate::virtio::chain::{self, Chain, MAX_PIECES};
 use crate::virtio::device::{BlockDevice, DeviceState};
 use crate::virtio::guest_memory::GuestMap;
 use crate::virtio::inflight::InflightQueue;
@@ -43,7 +43,7 @@ const LONG_LISTS: usize = BATCH;
 /// What the segment lists of a queue take at most: 144 short ones of 2 KiB and 16 long ones of 16
 /// KiB are 544 KiB. Each has a copy for the kernel while its I/O runs (`storage::uring`).
 const _: () =
-    assert!(((MAX_REQUESTS + BATCH) * SHORT_LIST + LONG_LISTS * MAX_SEGMENTS) * 16 <= 544 << 10);
+    assert!(((MAX_REQUESTS + BATCH) * SHORT_LIST + LONG_LISTS * MAX_PIECES) * 16 <= 544 << 10);
 
 /// Token of the kick.
 const KICK: u32 = 0;

@@ -22,7 +22,7 @@ pub const MAX_DESCRIPTORS: u32 = 1024;
 
 /// The most pieces of memory of one chain: a descriptor has more than one where it runs over the
 /// border of memory regions. Bounds the segment list of a request to 16 KiB.
-pub const MAX_SEGMENTS: usize = 1024;
+pub const MAX_PIECES: usize = 1024;
 
 /// The most bytes of one chain: 2.7.5 "no descriptor chain has more than 2^32 bytes".
 const MAX_CHAIN_LEN: u64 = 1 << 32;
@@ -277,8 +277,8 @@ impl Walk<'_> {
         }
         for segment in self.map.segments(descriptor.address, len) {
             let segment = segment?;
-            if sink.count() == MAX_SEGMENTS {
-                return Err(ChainError::Pieces(MAX_SEGMENTS));
+            if sink.count() == MAX_PIECES {
+                return Err(ChainError::Pieces(MAX_PIECES));
             }
             sink.push(segment);
         }
@@ -322,6 +322,6 @@ mod tests {
     #[test]
     fn a_chain_has_a_bounded_number_of_pieces_however_many_regions_there_are() {
         assert_eq!(pieces(10), Ok(1000));
-        assert_eq!(pieces(11), Err(ChainError::Pieces(MAX_SEGMENTS)));
+        assert_eq!(pieces(11), Err(ChainError::Pieces(MAX_PIECES)));
     }
 }

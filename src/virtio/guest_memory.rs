@@ -201,12 +201,10 @@ impl GuestMap {
         }
         let mut bytes = [0; N];
         let mut rest = bytes.as_mut_slice();
-        let mut at = address;
-        while !rest.is_empty() {
-            let segment = self.piece(at, rest.len() as u64).ok_or(unmapped)?;
+        for segment in self.segments(address, N as u64) {
+            let segment = segment?;
             let (now, later) = rest.split_at_mut_checked(segment.len()).ok_or(unmapped)?;
             segment.read_once(now);
-            at = at.checked_add(now.len() as u64).ok_or(unmapped)?;
             rest = later;
         }
         Ok(bytes)
