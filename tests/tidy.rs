@@ -46,6 +46,7 @@ const UNSAFE_FILES: &[&str] = &[
     "src/storage/mapping.rs",
     "src/storage/restricted_ring.rs",
     "src/storage/uring.rs",
+    "src/vhost_user/bell.rs",
     "src/vhost_user/exit_event.rs",
     "src/virtio/guest_memory.rs",
     "tests/sandbox/probe.rs",

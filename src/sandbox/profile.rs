@@ -173,6 +173,10 @@ const THREAD_FLAGS: u32 = bits(
 mod register {
     /// Memory, with `--register-memory`.
     pub const BUFFERS: u32 = 0;
+    /// What is told of completions: the driver's call.
+    pub const EVENTFD: u32 = 4;
+    /// Nothing is.
+    pub const NO_EVENTFD: u32 = 5;
     /// A file of the disk.
     pub const FILES_UPDATE: u32 = 6;
     /// What the ring may do.
@@ -291,7 +295,6 @@ const CONTROL: &[Rule] = &[
     call!(shutdown: SYS_shutdown),
     call!(getsockopt: SYS_getsockopt, 1 & ALL => SOL_SOCKET, 2 & ALL => SO_DOMAIN),
     call!(getsockopt: SYS_getsockopt, 1 & ALL => SOL_SOCKET, 2 & ALL => SO_TYPE),
-    call!(ppoll: SYS_ppoll),
     call!(write: SYS_write),
     call!(close: SYS_close),
     call!(epoll_ctl: SYS_epoll_ctl),
@@ -320,13 +323,14 @@ const QUEUE: &[Rule] = &[
     call!(io_uring_setup: SYS_io_uring_setup),
     call!(io_uring_enter: SYS_io_uring_enter),
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::BUFFERS),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::EVENTFD),
+    call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::NO_EVENTFD),
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::FILES_UPDATE),
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::RESTRICTIONS),
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::ENABLE_RINGS),
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::FILES2),
     call!(read: SYS_read),
     call!(write: SYS_write),
-    call!(ppoll: SYS_ppoll),
     call!(fdatasync: SYS_fdatasync),
     call!(close: SYS_close),
     #[cfg(debug_assertions)]

@@ -18,7 +18,7 @@ pub mod lock_holder;
 pub mod mapping;
 pub mod name_policy;
 pub mod new_file;
-mod restricted_ring;
+pub mod restricted_ring;
 pub mod shared_memory;
 pub mod sim;
 pub mod sparse;

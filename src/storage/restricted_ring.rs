@@ -18,30 +18,59 @@ use io_uring::{IoUring, opcode, squeue};
 /// Files that a ring can register; a disk has three. Further ones work too, a little slower.
 pub const MAX_FILES: u32 = 16;
 
-/// What a ring can be asked for once it is enabled, besides the flag of registered files: what
-/// `uring` does, and nothing that opens, connects, or moves descriptors.
-const OPERATIONS: [u8; 9] = [
-    opcode::Read::CODE,
-    opcode::Readv::CODE,
-    opcode::ReadFixed::CODE,
-    opcode::Write::CODE,
-    opcode::Writev::CODE,
-    opcode::WriteFixed::CODE,
-    opcode::Fallocate::CODE,
-    opcode::Fsync::CODE,
-    opcode::PollAdd::CODE,
-];
+/// What a ring is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A queue's I/O.
+    Disk,
+    /// Calling the driver.
+    Bell,
+}
 
-/// `IORING_REGISTER_*` operations that an enabled ring may be asked for: memory, and files of the
-/// disk.
-const REGISTRATIONS: [u8; 2] = [0, 6];
+impl Purpose {
+    /// What it can be asked for once it is enabled: what its user does, and nothing that opens,
+    /// connects, or moves descriptors.
+    fn operations(self) -> &'static [u8] {
+        match self {
+            Self::Disk => &[
+                opcode::Read::CODE,
+                opcode::Readv::CODE,
+                opcode::ReadFixed::CODE,
+                opcode::Write::CODE,
+                opcode::Writev::CODE,
+                opcode::WriteFixed::CODE,
+                opcode::Fallocate::CODE,
+                opcode::Fsync::CODE,
+                opcode::PollAdd::CODE,
+            ],
+            Self::Bell => &[opcode::Nop::CODE],
+        }
+    }
+
+    /// `IORING_REGISTER_*` operations that it may be asked for: memory, and files of the disk; an
+    /// eventfd, and none.
+    fn registrations(self) -> [u8; 2] {
+        match self {
+            Self::Disk => [0, 6],
+            Self::Bell => [4, 5],
+        }
+    }
+
+    /// Flags of an operation that are allowed.
+    fn flags(self) -> squeue::Flags {
+        match self {
+            Self::Disk => squeue::Flags::FIXED_FILE,
+            Self::Bell => squeue::Flags::empty(),
+        }
+    }
+}
 
 /// A ring of the kernel with `entries` places for submissions: the best that it has, and no more
 /// than it must be able to do.
 ///
 /// # Errors
 /// What the host said.
-pub fn build(entries: u32) -> io::Result<IoUring> {
+pub fn build(entries: u32, purpose: Purpose) -> io::Result<IoUring> {
     // Completions are worked off when this thread asks for them, not by interrupting it; kernels
     // before 6.1 do not know how (EINVAL) and get a plain ring, before 5.10 an unrestricted one.
     let mut builder = IoUring::builder();
@@ -61,14 +90,16 @@ pub fn build(entries: u32) -> io::Result<IoUring> {
     };
     let submitter = uring.submitter();
     // Registered files spare the kernel a look-up per operation. Optional.
-    if let Err(error) = submitter.register_files_sparse(MAX_FILES) {
+    if purpose == Purpose::Disk
+        && let Err(error) = submitter.register_files_sparse(MAX_FILES)
+    {
         log::debug!("io_uring: no registered files: {error}");
     }
-    let operations = OPERATIONS.map(Restriction::sqe_op);
-    let registrations = REGISTRATIONS.map(Restriction::register_op);
-    let flags = Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits());
+    let operations = purpose.operations().iter().copied().map(Restriction::sqe_op);
+    let registrations = purpose.registrations().map(Restriction::register_op);
+    let flags = Restriction::sqe_flags_allowed(purpose.flags().bits());
     let mut restrictions: Vec<Restriction> =
-        operations.into_iter().chain(registrations).chain([flags]).collect();
+        operations.chain(registrations).chain([flags]).collect();
     match submitter.register_restrictions(&mut restrictions) {
         Err(error) if is_old(&error) => warn_unrestricted(),
         result => result?,
@@ -99,7 +130,7 @@ mod tests {
 
     #[test]
     fn a_ring_refuses_what_the_daemon_never_asks_for() {
-        let mut uring = build(8).unwrap();
+        let mut uring = build(8, Purpose::Disk).unwrap();
         let here = types::Fd(libc::AT_FDCWD);
         let refused = [
             opcode::OpenAt::new(here, c"/".as_ptr()).build(),
@@ -118,5 +149,23 @@ mod tests {
         assert_eq!(answer(&mut uring, allowed), -libc::EBADF);
         let eventfd = uring.submitter().register_eventfd(0).unwrap_err();
         assert_eq!(eventfd.raw_os_error(), Some(libc::EACCES));
+    }
+
+    #[test]
+    fn a_bell_does_nothing_but_ring() {
+        let mut uring = build(1, Purpose::Bell).unwrap();
+        let here = types::Fd(-1);
+        let refused = [
+            opcode::Write::new(here, std::ptr::null(), 0).build(),
+            opcode::Fsync::new(here).build(),
+            opcode::PollAdd::new(here, 1).build(),
+            opcode::Nop::new().build().flags(squeue::Flags::ASYNC),
+        ];
+        for entry in refused {
+            assert_eq!(answer(&mut uring, entry), -libc::EACCES);
+        }
+        assert_eq!(answer(&mut uring, opcode::Nop::new().build()), 0);
+        let files = uring.submitter().register_files_update(0, &[0]).unwrap_err();
+        assert_eq!(files.raw_os_error(), Some(libc::EACCES));
     }
 }

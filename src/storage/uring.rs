@@ -28,7 +28,7 @@ use super::budget::MemoryBudget;
 use super::buffer::Segment;
 use super::file::fallocate_flags;
 use super::host_file::HostFile;
-use super::restricted_ring::{self, MAX_FILES};
+use super::restricted_ring::{self, MAX_FILES, Purpose};
 use super::{Alignment, IoBuffer, Storage, ZeroMode};
 use crate::units::ByteRange;
 
@@ -137,7 +137,7 @@ impl Ring {
     /// # Errors
     /// What io_uring_setup(2) said.
     pub fn new() -> io::Result<Rc<Self>> {
-        let uring = restricted_ring::build(RING_ENTRIES)?;
+        let uring = restricted_ring::build(RING_ENTRIES, Purpose::Disk)?;
         let inner = Inner {
             uring,
             slots: Vec::new(),

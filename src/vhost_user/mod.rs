@@ -13,6 +13,7 @@
 //! * [`vring`]: a ring that pauses and drains its worker around every change, so that no request is
 //!   in flight while the control thread touches it.
 //! * [`queue`]: the worker's loop, which keeps the framework's thread for as long as its ring runs.
+//! * [`bell`]: how a worker calls the driver.
 //! * [`interposer`]: passes messages between the real socket and the framework's own, because the
 //!   framework takes no socket that is connected already, and knows nothing of inflight regions.
 //! * [`recovery`]: what outlives this process: requests in flight and new bits.
@@ -23,6 +24,7 @@
 //! LOG_SHMFD.
 
 pub mod backend;
+pub mod bell;
 pub mod exit_event;
 pub mod export;
 pub mod interposer;

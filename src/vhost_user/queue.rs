@@ -5,11 +5,12 @@
 //! it has taken, and leaves no request behind.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::bell::Bell;
 use super::polling::Polling;
 use super::recovery::RecoveryError;
 use super::vring::{RunPermit, ring_eventfd};
@@ -62,6 +63,9 @@ pub enum QueueError {
     /// Its requests and their bits would not outlive us, as those of the other queues do.
     #[error(transparent)]
     Recovery(#[from] RecoveryError),
+    /// A descriptor of the front end's is not what it is to be.
+    #[error("{0} is not an eventfd")]
+    NotEventfd(&'static str),
     /// The front end has cut a file of its memory: what was read of it cannot be relied on.
     #[error("the front end took guest memory away")]
     MemoryGone,
@@ -72,7 +76,7 @@ impl QueueError {
     /// to hear of it.
     #[must_use]
     pub fn ends_connection(&self) -> bool {
-        matches!(self, Self::Recovery(_) | Self::MemoryGone)
+        matches!(self, Self::Recovery(_) | Self::NotEventfd(_) | Self::MemoryGone)
     }
 }
 
@@ -127,6 +131,7 @@ pub fn run(
     {
         log::warn!("guest memory is not registered: {error} (see RLIMIT_MEMLOCK)");
     }
+    let bell = make_bell(permit)?;
     ring.watch(Arc::clone(&permit.kick), KICK)?;
     ring.watch(Arc::clone(permit.control().wake_fd()), WAKE)?;
     let image = context.image.handle(|file| ring.storage(file)).with_journal(journal);
@@ -139,6 +144,7 @@ pub fn run(
         context,
         permit,
         ring: &ring,
+        bell,
         virtqueue: &mut virtqueue,
         source,
         batch: Vec::with_capacity(BATCH),
@@ -148,6 +154,24 @@ pub fn run(
     permit.store_indices(&virtqueue);
     context.image.release_mappings();
     result
+}
+
+/// What calls the driver.
+fn make_bell(permit: &RunPermit) -> Result<Bell, QueueError> {
+    let mut bell = Bell::new()?;
+    // Only to see that it is an eventfd: anything else might wait for the front end when it is
+    // polled.
+    attach(&mut bell, Some(&permit.kick), "the kick")?;
+    attach(&mut bell, permit.call.as_deref(), "the call")?;
+    Ok(bell)
+}
+
+/// Attaches `bell` to a descriptor of the front end's.
+fn attach(bell: &mut Bell, fd: Option<&OwnedFd>, name: &'static str) -> Result<(), QueueError> {
+    bell.attach(fd.map(AsFd::as_fd)).map_err(|error| match error.raw_os_error() {
+        Some(libc::EINVAL) => QueueError::NotEventfd(name),
+        _ => QueueError::Io(error),
+    })
 }
 
 /// Where chains come from: guest memory, and the segment lists that they are walked into.
@@ -252,6 +276,8 @@ struct Worker<'a> {
     permit: &'a RunPermit,
     /// This thread's I/O.
     ring: &'a Ring,
+    /// What calls the driver.
+    bell: Bell,
     /// The driver's ring.
     virtqueue: &'a mut SplitRing,
     /// Where chains come from.
@@ -285,8 +311,8 @@ impl Worker<'_> {
             if self.source.map.has_lost_pages() {
                 // Before anything is published that was done with zeros for the guest's data.
                 failure = Some(QueueError::MemoryGone);
-            } else if self.virtqueue.publish() {
-                self.permit.control().call();
+            } else if let Err(error) = self.publish() {
+                failure = Some(error);
             }
             if stopping
                 && pool.running() == 0
@@ -301,6 +327,19 @@ impl Worker<'_> {
                 self.sleep(&pool, stopping)?;
             }
         }
+    }
+
+    /// Shows the driver what is done, and calls it if it wants to hear of that.
+    fn publish(&mut self) -> Result<(), QueueError> {
+        let mut is_due = self.virtqueue.publish();
+        if let Some(call) = self.permit.control().wanted_call() {
+            attach(&mut self.bell, call.as_deref(), "the call")?;
+            is_due = true;
+        }
+        if is_due {
+            self.bell.ring()?;
+        }
+        Ok(())
     }
 
     /// Takes as many chains as there are and as there is room for. Returns how many.

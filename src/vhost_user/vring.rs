@@ -17,7 +17,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, MutexGuard};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::event::{EventfdFlags, eventfd};
 use vhost_user_backend::{VringMutex, VringState, VringStateGuard, VringStateMutGuard, VringT};
 use virtio_queue::{Error as QueueError, QueueT};
 
@@ -65,6 +65,8 @@ pub struct RingControl {
     left: Condvar,
     /// Whether a pause is in force; read by the worker without the lock.
     pause_wanted: AtomicBool,
+    /// Whether the worker is to take the call anew and use it; read without the lock.
+    call_wanted: AtomicBool,
     /// Wakes the worker.
     wake: Arc<OwnedFd>,
 }
@@ -97,6 +99,7 @@ impl RingControl {
             state: Mutex::default(),
             left: Condvar::new(),
             pause_wanted: AtomicBool::new(false),
+            call_wanted: AtomicBool::new(false),
             wake: new_eventfd()?,
         })
     }
@@ -142,16 +145,20 @@ impl RingControl {
         &self.wake
     }
 
-    /// Calls the driver, if it gave a call.
-    pub fn call(&self) {
-        let Some(call) = self.lock().call.clone() else { return };
-        // The front end chose this descriptor and its flags, which are shared with it: a write may
-        // block. One that takes no more is not written to: its owner has calls enough to read.
-        let mut fds = [PollFd::new(&*call, PollFlags::OUT)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if poll(&mut fds, Some(&now)).is_ok_and(|ready| ready > 0) {
-            ring_eventfd(&call);
-        }
+    /// Asks the worker to call the driver with the descriptor that it has now.
+    fn request_call(&self) {
+        self.call_wanted.store(true, Ordering::SeqCst);
+        ring_eventfd(&self.wake);
+    }
+
+    /// The descriptor that the worker is to call from now on, and at once, if it was asked to since
+    /// it was last here.
+    #[must_use]
+    pub fn wanted_call(&self) -> Option<Option<Arc<OwnedFd>>> {
+        // A look costs nothing, and the worker looks in every turn.
+        let wanted = self.call_wanted.load(Ordering::SeqCst)
+            && self.call_wanted.swap(false, Ordering::SeqCst);
+        wanted.then(|| self.lock().call.clone())
     }
 }
 
@@ -177,6 +184,8 @@ pub struct RunPermit {
     vring: Vring,
     /// The front end's kick.
     pub kick: Arc<OwnedFd>,
+    /// The front end's call, if it gave one. A later one is the control's to tell.
+    pub call: Option<Arc<OwnedFd>>,
     /// Where the ring lies and where it stands.
     pub setup: RingSetup,
 }
@@ -233,8 +242,9 @@ impl Vring {
         };
         drop(state);
         control.running = true;
+        let call = control.call.clone();
         drop(control);
-        Some(RunPermit { vring: self.clone(), kick, setup })
+        Some(RunPermit { vring: self.clone(), kick, call, setup })
     }
 
     /// Makes a change while the ring is at rest.
@@ -273,7 +283,7 @@ impl VringT<SharedMemory> for Vring {
     }
 
     fn signal_used_queue(&self) -> io::Result<()> {
-        self.control.call();
+        self.control.request_call();
         Ok(())
     }
 
@@ -357,7 +367,7 @@ impl VringT<SharedMemory> for Vring {
         let call = file.map(|file| Arc::new(OwnedFd::from(file)));
         self.control.lock().call = call;
         // Calls that went to the old descriptor may not have been seen.
-        self.control.call();
+        self.control.request_call();
     }
 
     fn set_err(&self, file: Option<File>) {
