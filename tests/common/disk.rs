@@ -364,8 +364,11 @@ impl Daemon {
             let hex = |text: &str| u64::from_str_radix(text, 16).expect("a hexadecimal number");
             let (start, end) = fields[0].split_once('-').expect("a range of addresses");
             let (start, end, from) = (hex(start), hex(end), hex(fields[2]));
+            if fields[4].parse() != Ok(inode) {
+                return None;
+            }
             let address = start + offset.checked_sub(from)?;
-            (fields[4].parse() == Ok(inode) && address < end).then_some(address)
+            (address < end).then_some(address)
         };
         let found: Vec<u64> = maps.expect("its mappings").lines().filter_map(address).collect();
         assert_eq!(found.len(), 1, "places of offset {offset:#x}: {found:x?}");
