@@ -5,13 +5,15 @@
 //! vanish (`mapping.rs`).
 
 mod common;
+#[path = "powercut/recorder.rs"]
+mod recorder;
 
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 use common::disk::{Daemon, Disk, Shape};
 use common::guest::{Guest, Setup};
-use common::mem::BOUNDARY;
+use common::mem::{BOUNDARY, REGION};
 use common::request::Request;
 use common::ring::Buffer;
 use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern, to_u32, to_usize};
@@ -41,6 +43,26 @@ fn serves_the_next(daemon: &mut Daemon, expected: &[u8]) {
     let mut guest = daemon.guest(Setup::default());
     assert_bytes(&guest.read_all(), expected, "the disk for the next front end");
     assert!(daemon.messages().contains(GONE), "it did not say why: {}", daemon.messages());
+}
+
+#[test]
+fn memory_on_a_file_system_that_a_process_serves_is_refused() {
+    let content = vec![0; to_usize(REGION)];
+    let Some(server) = recorder::mount(vec![("memory".to_owned(), content)]) else { return };
+    server.let_map();
+    let file = File::options().read(true).write(true).open(server.path("memory"));
+    let file = file.expect("open the memory file");
+    let disk = Disk::small();
+    let mut daemon = disk.serve(&[]);
+    let mut guest = daemon.guest(Setup::default());
+    let region = guest.mem.extra_on(&file);
+    let answer = guest.message("ADD_MEM_REG", |front| front.add_mem_region(&region));
+    assert!(answer.is_err(), "its pages come when that process wants them to");
+    drop(guest);
+    let said = daemon.messages();
+    assert!(said.contains("memory region: its file is on FUSE"), "{said}");
+    assert_bytes(&daemon.guest(Setup::default()).read_all(), &disk.initial(), "the next guest");
+    daemon.stop();
 }
 
 /// Puts a request on ring 0 whose data lies at `data`; its other parts lie where the rings do.

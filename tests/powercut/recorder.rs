@@ -74,6 +74,8 @@ pub struct Failure {
 struct State {
     /// Names and contents of the files by number.
     files: Vec<(String, Vec<u8>)>,
+    /// Whether files that are opened can be mapped, by the kernel's keeping their pages.
+    cached: bool,
     /// What was done.
     events: Vec<Event>,
     /// Operations on files' contents since a failure was set: opening, reading, changing, syncing.
@@ -231,9 +233,10 @@ impl Filesystem for Server {
     }
 
     fn open(&mut self, _: &Request<'_>, _inode: u64, _flags: i32, reply: ReplyOpen) {
-        let begun = self.state().begin();
-        match begun {
-            Ok(()) => reply.opened(0, FOPEN_DIRECT_IO),
+        let mut state = self.state();
+        let flags = if state.cached { 0 } else { FOPEN_DIRECT_IO };
+        match state.begin() {
+            Ok(()) => reply.opened(0, flags),
             Err(code) => reply.error(code),
         }
     }
@@ -368,6 +371,12 @@ impl Recorder {
     /// The shared state.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no panic while held")
+    }
+
+    /// Lets files that are opened from here on be mapped. What is done to them is not noted in
+    /// order any more.
+    pub fn let_map(&self) {
+        self.state().cached = true;
     }
 
     /// How many changes there were.
