@@ -36,6 +36,9 @@ const REQUESTS: usize = 192;
 /// Queues of the guest that wants too much: as many as there may be.
 const QUEUES: usize = 64;
 
+/// The most open files of a daemon with that many queues in use, as the manual has it.
+const OPEN_FILES: usize = 30 + 12 * QUEUES;
+
 /// A disk of `size` bytes in clusters of `cluster` over the file at `base`.
 fn disk(base: &Path, size: u64, cluster: u64) -> TempDir {
     let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a folder");
@@ -132,6 +135,8 @@ fn most_memory(worst: &Worst) -> Option<u64> {
     fill_queues(&mut guest, worst);
     let most = settled(|| daemon.own_memory());
     assert!(stall.waiting() > 0, "nothing waits for the backing file");
+    let files = daemon.open_files();
+    assert!(files <= OPEN_FILES, "{files} open files with {QUEUES} queues");
     stall.open();
     drop(guest);
     // All that was taken is carried out first.

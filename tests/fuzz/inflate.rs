@@ -96,14 +96,22 @@ impl Code {
     }
 }
 
+/// What the beginning of a stream inflates to.
+pub struct Inflated {
+    /// As many bytes as were asked for.
+    pub bytes: Vec<u8>,
+    /// Whether the stream ends there. What follows otherwise may not make any sense.
+    pub is_whole: bool,
+}
+
 /// The first `len` bytes of what `bytes` inflates to.
-pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
+pub fn inflate(bytes: &[u8], len: usize) -> Option<Inflated> {
     let mut stream = Stream { bytes, position: 0 };
     let mut out = Vec::new();
     loop {
         let last = stream.bits(1)? == 1;
-        match stream.bits(2)? {
-            0 => stored(&mut stream, &mut out)?,
+        let ended = match stream.bits(2)? {
+            0 => stored(&mut stream, &mut out).map(|()| true)?,
             1 => {
                 let long = (0..288).map(|symbol| match symbol {
                     0..144 => 8,
@@ -112,17 +120,18 @@ pub fn inflate(bytes: &[u8], len: usize) -> Option<Vec<u8>> {
                     _ => 8,
                 });
                 let literals = Code::new(&long.collect::<Vec<_>>())?;
-                block(&mut stream, &mut out, &literals, &Code::new(&[5; 32])?, len)?;
+                block(&mut stream, &mut out, &literals, &Code::new(&[5; 32])?, len)?
             }
             2 => {
                 let (literals, distances) = codes(&mut stream)?;
-                block(&mut stream, &mut out, &literals, &distances, len)?;
+                block(&mut stream, &mut out, &literals, &distances, len)?
             }
             _ => return None,
-        }
+        };
         if out.len() >= len {
+            let is_whole = last && ended && out.len() == len;
             out.truncate(len);
-            return Some(out);
+            return Some(Inflated { bytes: out, is_whole });
         }
         if last {
             return None;
@@ -169,18 +178,18 @@ fn codes(stream: &mut Stream<'_>) -> Option<(Code, Code)> {
     Some((Code::new(&lengths[..literals])?, Code::new(&lengths[literals..])?))
 }
 
-/// Inflates a block, up to `most` bytes in all.
+/// Inflates a block, up to `most` bytes in all. Returns whether it ends there.
 fn block(
     stream: &mut Stream<'_>,
     out: &mut Vec<u8>,
     literals: &Code,
     distances: &Code,
     most: usize,
-) -> Option<()> {
+) -> Option<bool> {
     while out.len() < most {
         match stream.symbol(literals)? {
             literal @ 0..256 => out.push(u8::try_from(literal).ok()?),
-            256 => return Some(()),
+            256 => return Some(true),
             code => {
                 let (base, extra) = LENGTHS.get(code - 257)?;
                 let len = usize::from(*base) + stream.bits(*extra)?;
@@ -193,5 +202,5 @@ fn block(
             }
         }
     }
-    Some(())
+    Some(stream.symbol(literals) == Some(256))
 }

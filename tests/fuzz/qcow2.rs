@@ -10,7 +10,7 @@
 use addcow::image::chain::DiskFormat;
 
 use super::files::{MAX_LEN, Source, Sparse, in_folder, len, name, stays};
-use super::inflate::inflate;
+use super::inflate::{Inflated, inflate};
 use super::layer::{Reader, clusters, compare, open};
 use super::{Input, Outcome, Scratch, pattern, to_u32, to_u64, to_usize};
 
@@ -239,7 +239,7 @@ impl Disk {
         if entry >> 62 & 1 == 1 {
             return self.compressed(entry).map(|all| {
                 let start = to_usize(within);
-                all[start..start + len].to_vec()
+                all.bytes[start..start + len].to_vec()
             });
         }
         let (offset, copied) = (entry & OFFSET, entry >> 63 == 1);
@@ -266,7 +266,7 @@ impl Disk {
     }
 
     /// A compressed cluster.
-    fn compressed(&self, entry: u64) -> Option<Vec<u8>> {
+    fn compressed(&self, entry: u64) -> Option<Inflated> {
         let shift = 62 - (self.bits - 8);
         let offset = entry & ((1 << shift) - 1);
         let sectors = (entry & !(3 << 62)) >> shift;
@@ -307,7 +307,9 @@ impl Reader for Disk {
                 let misplaced = entry & OFFSET & ((1 << self.bits) - 1) != 0;
                 let compressed = entry >> 62 & 1 == 1;
                 let bad = if compressed { 1 << 63 } else { reserved };
-                entry & bad != 0 || !compressed && misplaced
+                // What follows the cluster's bytes in its stream may be judged, too.
+                let goes_on = || self.compressed(entry).is_none_or(|all| !all.is_whole);
+                entry & bad != 0 || !compressed && misplaced || compressed && goes_on()
             })
         })
     }
