@@ -18,11 +18,13 @@ use common::disk::{Daemon, Disk, Shape, TOOL, run_to_end};
 use common::guest::{Guest, Setup};
 use common::model::{Model, Workload};
 use common::request::{Framing, OK, Request};
+use common::ring::Ring;
 use common::rng::Rng;
 use common::score::score;
 use common::{KIB, MIB, SECTOR, TIMEOUT, assert_bytes, pattern};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 
 /// How many times the daemons of a test are killed.
 const KILLS: u64 = 60;
@@ -202,6 +204,68 @@ fn a_front_end_that_reconnects_to_the_same_daemon_gives_its_region_back() {
     }
 }
 
+#[test]
+fn rings_that_begin_where_the_available_ring_ends_lose_no_request() {
+    // As cloud-hypervisor does, whatever the device had taken of it.
+    let disk = Disk::small();
+    for kill in [true, false] {
+        let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+        write(&mut guest, 1, 5);
+        if kill {
+            daemon.kill();
+        } else {
+            daemon.stop();
+        }
+        for sector in 0..5 {
+            guest.submit(0, &Request::read(sector, SECTOR), &Framing::joined());
+        }
+        let (_daemon, stream) = disk.serve_after_kill(&[]);
+        guest.reconnect_at(stream, Ring::next_avail).expect("accepted");
+        for _ in 0..5 {
+            assert_eq!(guest.finish(0).1.status(), OK);
+        }
+    }
+}
+
+#[test]
+fn completed_writes_survive_although_the_front_end_has_forgotten_the_region() {
+    // As QEMU does when its guest resets the device, until the next driver starts it.
+    let disk = Disk::create(Shape::new(4 * MIB, 64 * KIB).in_memory());
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    write(&mut guest, 7, 5);
+    guest.stop_ring(0);
+    daemon.kill();
+    let (_daemon, stream) = disk.serve_after_kill(&[]);
+    let mut next = Guest::start_recoverable(stream, Setup::default());
+    assert_bytes(&next.read(5, SECTOR), &pattern(7, 5, SECTOR), "a write");
+}
+
+#[test]
+fn a_write_cache_that_was_turned_off_stays_off_when_the_front_end_comes_back() {
+    let disk = Disk::small();
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    let flags = VhostUserConfigFlags::WRITABLE;
+    guest.must("SET_CONFIG", |front| front.set_config(32, flags, &[0]));
+    let mut want = disk.initial();
+    for (sector, kill) in [(5, false), (130, true), (4000, true)] {
+        let stream;
+        if kill {
+            daemon.kill();
+            (daemon, stream) = disk.serve_after_kill(&[]);
+        } else {
+            stream = daemon.connect();
+        }
+        guest.reconnect(stream).expect("accepted");
+        assert_eq!(guest.config().writeback(), 0, "the driver was not asked again");
+        write(&mut guest, 1, sector);
+        let at = usize::try_from(sector).expect("small") * SECTOR;
+        want[at..at + SECTOR].copy_from_slice(&pattern(1, sector, SECTOR));
+        assert_bytes(&disk.flat_view(), &want, "the files after a write completed");
+    }
+    drop(guest);
+    assert_eq!(daemon.guest(Setup::default()).config().writeback(), 1, "for another guest");
+}
+
 /// Kills the daemon of a guest with an unflushed write, lets `change` happen, and fails unless the
 /// next daemon refuses what the guest has kept, saying `reason`.
 fn is_refused(reason: &str, change: impl FnOnce(&Disk, &mut Guest)) {
@@ -261,6 +325,44 @@ fn a_region_is_refused_once_another_guest_has_used_the_disk() {
         drop(Guest::start_recoverable(stream, Setup::default()));
         daemon.stop();
     });
+}
+
+/// What is said of a region that is older than the disk.
+const CHANGED: &str = "the disk was changed without it";
+
+#[test]
+fn a_region_is_refused_once_the_same_daemon_has_served_another_guest() {
+    for start in [Guest::start, Guest::start_recoverable] {
+        let disk = Disk::small();
+        let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+        write(&mut guest, 1, 5);
+        guest.hang_up();
+        let mut other = start(daemon.connect(), Setup::default());
+        write(&mut other, 2, 130);
+        other.hang_up();
+        guest.reconnect(daemon.connect()).expect_err("the disk is not what it was");
+        let said = daemon.messages();
+        assert!(said.contains(CHANGED), "{said}");
+    }
+}
+
+#[test]
+fn a_region_of_a_disk_without_new_clusters_is_refused_once_it_was_used() {
+    let disk = Disk::create(Shape::new(4 * MIB, 64 * KIB).no_base());
+    let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());
+    write(&mut guest, 1, 5);
+    daemon.kill();
+    let (mut daemon, stream) = disk.serve_after_kill(&[]);
+    guest.reconnect(stream).expect("nobody has used the disk");
+    daemon.kill();
+    let (mut daemon, stream) = disk.serve_after_kill(&[]);
+    let mut other = Guest::start(stream, Setup::default());
+    write(&mut other, 2, 5);
+    daemon.kill();
+    let (mut daemon, stream) = disk.serve_after_kill(&[]);
+    guest.reconnect(stream).expect_err("requests of another time");
+    let said = daemon.messages();
+    assert!(said.contains(CHANGED), "{said}");
 }
 
 #[test]

@@ -163,8 +163,13 @@ fn write_through_write_is_in_the_files_when_it_completes() {
 #[test]
 fn write_of_a_driver_without_flush_is_in_the_files_when_it_completes() {
     // VIRTIO 1.3, 5.2.5.2 and 5.2.6.2: without FLUSH a completed write is stable.
-    let (disk, _daemon, mut guest) = small(&[], Setup::without(F_FLUSH | F_CONFIG_WCE));
-    writes_are_in_the_files_at_once(&disk, &mut guest);
+    for without in [F_FLUSH | F_CONFIG_WCE, F_FLUSH] {
+        let (disk, _daemon, mut guest) = small(&[], Setup::without(without));
+        if guest.features & F_CONFIG_WCE != 0 {
+            assert_eq!(guest.config().writeback(), 0, "a cache that nobody flushes");
+        }
+        writes_are_in_the_files_at_once(&disk, &mut guest);
+    }
 }
 
 #[test]

@@ -29,8 +29,10 @@ use super::interposer::InflightMessages;
 use super::queue::{self, Heritage, QueueContext, QueueError};
 use super::recovery::{QueueShape, Recovery, RecoveryError, Region};
 use super::vring::{Pause, RingControl, Vring, new_eventfd, ring_eventfd};
+use crate::executor::block_on;
 use crate::sandbox::Sandbox;
 use crate::sandbox::profile::Profile;
+use crate::storage::file::FileStorage;
 use crate::virtio::config::has_feature;
 use crate::virtio::guest_memory::{GuardedMemory, GuestMap};
 
@@ -45,6 +47,9 @@ pub(super) const CONTROL_THREAD: &str = "control";
 
 /// File system type of FUSE (statfs(2), `FUSE_SUPER_MAGIC`).
 const FUSE_MAGIC: i64 = 0x6573_5546;
+
+/// File system type of overlayfs (`OVERLAYFS_SUPER_MAGIC`).
+const OVERLAY_MAGIC: i64 = 0x794c_7630;
 
 /// One connection's device.
 pub struct BlkBackend {
@@ -134,7 +139,7 @@ impl BlkBackend {
     /// Stops all queues for good, and waits until they have drained.
     pub fn close(&self) {
         self.closing.store(true, Ordering::SeqCst);
-        self.at_rest(|| {});
+        self.at_rest(|| self.recovery.leave());
     }
 
     /// Ends the threads that the framework leaves behind when it cannot be set up, and waits until
@@ -186,10 +191,21 @@ impl BlkBackend {
     /// which clusters its writes have made new nor which requests it had taken, and would go on all
     /// the same, since the region is in order.
     fn heritage(&self, thread: usize, size: u16) -> Result<Option<Heritage>, RecoveryError> {
-        let region = self.region.lock().expect("no panic while held").clone();
-        let Some(region) = region else { return Ok(None) };
+        let Some(region) = self.lock_region().clone() else { return Ok(None) };
         let inflight = region.queue(thread, size)?;
         Ok(Some(Heritage { inflight, journal: region.journal.clone() }))
+    }
+
+    /// The region that the front end has set.
+    fn lock_region(&self) -> std::sync::MutexGuard<'_, Option<Arc<Region>>> {
+        self.region.lock().expect("no panic while held")
+    }
+
+    /// Lets the region hold whether the device is a write-back cache.
+    fn keep_writeback(&self) {
+        if let Some(region) = &*self.lock_region() {
+            region.keep_writeback(self.context.device.is_writeback());
+        }
     }
 
     /// Runs a queue for as long as it is to run.
@@ -244,7 +260,11 @@ impl InflightMessages for BlkBackend {
         // A front end that stops and starts its rings gives the region back each time.
         self.at_rest(|| {
             result = self.recovery.accept(file, len, shape).map(|region| {
-                *self.region.lock().expect("no panic while held") = Some(Arc::new(region));
+                if let Some(writeback) = region.writeback() {
+                    self.context.device.set_writeback(writeback);
+                }
+                *self.lock_region() = Some(Arc::new(region));
+                self.keep_writeback();
             });
         });
         result
@@ -252,6 +272,16 @@ impl InflightMessages for BlkBackend {
 
     fn ring_starts(&self) -> Result<(), RecoveryError> {
         self.recovery.begin()
+    }
+
+    fn ring_stopped(&self) {
+        // A front end whose guest resets the device forgets the region, and with it what was
+        // completed and not flushed: from here on nobody may need it.
+        let is_kept = self.lock_region().as_ref().is_some_and(|region| region.journal.is_some());
+        if is_kept && let Err(error) = block_on(self.context.image.handle(FileStorage::new).flush())
+        {
+            self.context.log_limit.error(|| log::error!("flush as a ring stops: {error}"));
+        }
     }
 }
 
@@ -267,10 +297,12 @@ fn check_region(region: &GuestRegionMmap<()>) -> io::Result<()> {
     if is_file && end.is_none_or(|end| end > len) {
         return refused(format!("{} bytes, which is longer than its file", region.len()));
     }
-    if fstatfs(place.file())?.f_type == FUSE_MAGIC {
-        return refused("its file is on FUSE".into());
+    match fstatfs(place.file())?.f_type {
+        FUSE_MAGIC => refused("its file is on FUSE".into()),
+        // Its pages are those of a file that we cannot see, perhaps on FUSE.
+        OVERLAY_MAGIC => refused("its file is on overlayfs".into()),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 impl VhostUserBackend for BlkBackend {
@@ -312,6 +344,7 @@ impl VhostUserBackend for BlkBackend {
         // The framework has disabled every ring before, which drained it.
         self.features.store(0, Ordering::SeqCst);
         self.context.device.reset();
+        self.keep_writeback();
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -323,7 +356,9 @@ impl VhostUserBackend for BlkBackend {
     }
 
     fn set_config(&self, offset: u32, bytes: &[u8]) -> io::Result<()> {
-        if !self.context.device.write_config(offset, bytes) {
+        if self.context.device.write_config(offset, bytes) {
+            self.keep_writeback();
+        } else {
             // An error would end the connection, which is out of proportion: VIRTIO 1.3, 4.1.4.6
             // lets a device ignore a write to a field that is read-only.
             self.context.log_limit.warn(|| {

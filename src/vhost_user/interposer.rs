@@ -39,6 +39,9 @@ const GET_FEATURES: u32 = 1;
 /// `VHOST_USER_SET_VRING_NUM`: payload queue index and size, 32 bits each.
 const SET_VRING_NUM: u32 = 8;
 
+/// `VHOST_USER_GET_VRING_BASE`: a ring is to stop.
+const GET_VRING_BASE: u32 = 11;
+
 /// `VHOST_USER_SET_VRING_KICK`: a ring is about to start.
 const SET_VRING_KICK: u32 = 12;
 
@@ -94,6 +97,9 @@ pub trait InflightMessages {
     /// # Errors
     /// Why it may not; the connection ends then.
     fn ring_starts(&self) -> Result<(), RecoveryError>;
+
+    /// GET_VRING_BASE was obeyed: a ring is at rest, and the front end about to hear of it.
+    fn ring_stopped(&self);
 }
 
 /// Passes messages between `front` and `framework` until one of them hangs up, or `stop` or
@@ -130,10 +136,7 @@ pub fn pass(
             return Ok(End::Queue);
         }
         // Answers first: the framework's last words must reach the front end.
-        if framework_ready
-            && !receive_message(framework, ends)?
-                .map_or(Ok(false), |answer| answer.send(front, ends))?
-        {
+        if framework_ready && !pass_answer(front, framework, ends, device)? {
             return Ok(End::Framework);
         }
         if front_ready {
@@ -145,6 +148,51 @@ pub fn pass(
     }
 }
 
+/// Passes a message of the framework's on. Returns whether both sides are there.
+fn pass_answer(
+    front: &UnixStream,
+    framework: &UnixStream,
+    ends: &[BorrowedFd<'_>],
+    device: &impl InflightMessages,
+) -> io::Result<bool> {
+    let Some(answer) = receive_message(framework, ends)? else { return Ok(false) };
+    if answer.request() == GET_VRING_BASE {
+        device.ring_stopped();
+    }
+    answer.send(front, ends)
+}
+
+/// Passes a message of the front end's on. Returns whether both sides are there.
+///
+/// While the framework takes nothing, its answers are passed on: it may be waiting for that itself,
+/// and a front end that sends ahead would never get them. And a front end that has gone is noticed.
+fn pass_request(
+    message: &Message,
+    front: &UnixStream,
+    framework: &UnixStream,
+    ends: &[BorrowedFd<'_>],
+    device: &impl InflightMessages,
+) -> io::Result<bool> {
+    let wait = || {
+        let mut fds = vec![
+            PollFd::new(framework, PollFlags::OUT | PollFlags::IN),
+            // A hang-up is always reported.
+            PollFd::new(front, PollFlags::empty()),
+        ];
+        fds.extend(ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::IN)));
+        match poll(&mut fds, None) {
+            Err(rustix::io::Errno::INTR) => return Ok(true),
+            other => other?,
+        };
+        if fds[1..].iter().any(|fd| !fd.revents().is_empty()) {
+            return Ok(false);
+        }
+        let has_answer = fds[0].revents().contains(PollFlags::IN);
+        if has_answer { pass_answer(front, framework, ends, device) } else { Ok(true) }
+    };
+    message.send_waiting(framework, wait)
+}
+
 /// Asks the framework for its features, which changes nothing, and waits for the answer: its thread
 /// has called the device then.
 ///
@@ -152,7 +200,7 @@ pub fn pass(
 /// If it does not answer.
 pub fn greet(framework: &UnixStream) -> io::Result<()> {
     let header = [GET_FEATURES, FLAG_VERSION, 0].map(u32::to_le_bytes);
-    send(framework, header.as_flattened(), &[], &[])?;
+    send(framework, header.as_flattened(), &[], || wait(framework, PollFlags::OUT, &[]))?;
     match receive_message(framework, &[])? {
         Some(answer) if answer.request() == GET_FEATURES && answer.has_flag(FLAG_REPLY) => Ok(()),
         _ => Err(io::ErrorKind::InvalidData.into()),
@@ -192,7 +240,16 @@ impl Message {
 
     /// Sends it. Returns whether the peer is there; it may be one of `ends` that says no.
     fn send(&self, to: &UnixStream, ends: &[BorrowedFd<'_>]) -> io::Result<bool> {
-        match send(to, &self.bytes, &self.fds, ends) {
+        self.send_waiting(to, || wait(to, PollFlags::OUT, ends))
+    }
+
+    /// The same; `wait` waits while the peer takes no more, and says whether to go on.
+    fn send_waiting(
+        &self,
+        to: &UnixStream,
+        wait: impl FnMut() -> io::Result<bool>,
+    ) -> io::Result<bool> {
+        match send(to, &self.bytes, &self.fds, wait) {
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
             result => result.map(|()| true),
         }
@@ -226,7 +283,7 @@ fn from_front(
 ) -> io::Result<bool> {
     let request = message.request();
     if message.has_flag(FLAG_REPLY) {
-        return message.send(framework, ends);
+        return pass_request(&message, front, framework, ends, device);
     }
     if matches!(request, GET_INFLIGHT_FD | SET_INFLIGHT_FD) {
         return match answer_inflight(message, device) {
@@ -251,7 +308,7 @@ fn from_front(
         log::error!("a queue cannot start: {error}");
         return Ok(false);
     }
-    message.send(framework, ends)
+    pass_request(&message, front, framework, ends, device)
 }
 
 /// Answers a message about an inflight region.
@@ -345,8 +402,13 @@ fn receive(
 }
 
 /// Sends a message with its descriptors. `BrokenPipe` if the peer hung up, or if it does not take
-/// the message and one of `ends` is readable.
-fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd], ends: &[BorrowedFd<'_>]) -> io::Result<()> {
+/// the message and `wait` says that this is not worth waiting for.
+fn send(
+    to: &UnixStream,
+    bytes: &[u8],
+    fds: &[OwnedFd],
+    mut wait: impl FnMut() -> io::Result<bool>,
+) -> io::Result<()> {
     let borrowed: Vec<BorrowedFd<'_>> = fds.iter().map(AsFd::as_fd).collect();
     let mut done = 0;
     while done < bytes.len() {
@@ -361,7 +423,7 @@ fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd], ends: &[BorrowedFd<'_>])
         done += match sendmsg(to, &parts, &mut control, flags) {
             Err(rustix::io::Errno::INTR) => 0,
             Err(rustix::io::Errno::AGAIN) => {
-                if !wait(to, PollFlags::OUT, ends)? {
+                if !wait()? {
                     return Err(io::ErrorKind::BrokenPipe.into());
                 }
                 0
@@ -370,4 +432,97 @@ fn send(to: &UnixStream, bytes: &[u8], fds: &[OwnedFd], ends: &[BorrowedFd<'_>])
         };
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::thread;
+    use std::time::Duration;
+
+    use rustix::event::Timespec;
+
+    use crate::vhost_user::vring::new_eventfd;
+
+    /// A device without inflight regions.
+    struct Device;
+
+    impl InflightMessages for Device {
+        fn get(&self, _: QueueShape) -> Result<Region, RecoveryError> {
+            Err(RecoveryError::Refused("there is none"))
+        }
+
+        fn set(&self, _: File, _: u64, _: QueueShape) -> Result<(), RecoveryError> {
+            Err(RecoveryError::Refused("there is none"))
+        }
+
+        fn ring_starts(&self) -> Result<(), RecoveryError> {
+            Ok(())
+        }
+
+        fn ring_stopped(&self) {}
+    }
+
+    /// More messages than a socket holds.
+    const MESSAGES: usize = 600;
+
+    /// The longest that a side waits for the other.
+    const LIMIT: Option<Duration> = Some(Duration::from_secs(20));
+
+    /// A front end that has sent [`MESSAGES`] by the time that the framework begins to take them:
+    /// `reads` of them have an answer of the largest size. Returns how passing ended.
+    fn flood(reads: usize) -> End {
+        let (front, ours) = UnixStream::pair().unwrap();
+        let (framework, theirs) = UnixStream::pair().unwrap();
+        let never = new_eventfd().unwrap();
+        for stream in [&front, &theirs] {
+            stream.set_read_timeout(LIMIT).unwrap();
+            stream.set_write_timeout(LIMIT).unwrap();
+        }
+        let request = Message::answer_to(GET_FEATURES, &[], Vec::new()).bytes;
+        let request = [&request[..4], &[1, 0, 0, 0], &request[8..]].concat();
+        let answer = Message::answer_to(GET_FEATURES, &[7; MAX_PAYLOAD], Vec::new()).bytes;
+        thread::scope(|scope| {
+            let never = never.as_fd();
+            let passing =
+                scope.spawn(move || pass(&ours, &framework, never, never, &Device).unwrap());
+            let mut sender = front.try_clone().unwrap();
+            let sent = scope.spawn(move || {
+                // It ends early if nobody takes them.
+                (0..MESSAGES).take_while(|_| sender.write_all(&request).is_ok()).count()
+            });
+            // By then all sockets on the way are full.
+            thread::sleep(Duration::from_millis(300));
+            let working = scope.spawn(move || {
+                let mut theirs = theirs;
+                for _ in 0..reads {
+                    theirs.read_exact(&mut [0; HEADER_LEN]).unwrap();
+                    theirs.write_all(&answer).unwrap();
+                }
+                // It works on something until everybody else has gone.
+                let mut fds = [PollFd::new(&theirs, PollFlags::empty())];
+                let limit = Timespec { tv_sec: 20, tv_nsec: 0 };
+                reads == MESSAGES || poll(&mut fds, Some(&limit)).unwrap() > 0
+            });
+            let mut front = front;
+            for _ in 0..reads {
+                front.read_exact(&mut [0; HEADER_LEN + MAX_PAYLOAD]).expect("an answer");
+            }
+            front.shutdown(std::net::Shutdown::Both).unwrap();
+            sent.join().unwrap();
+            assert!(working.join().unwrap(), "nobody has noticed that the front end is gone");
+            passing.join().unwrap()
+        })
+    }
+
+    #[test]
+    fn a_front_end_that_sends_ahead_gets_every_answer() {
+        flood(MESSAGES);
+    }
+
+    #[test]
+    fn a_front_end_that_goes_while_the_framework_is_busy_is_noticed() {
+        assert_eq!(flood(0), End::FrontEnd);
+    }
 }

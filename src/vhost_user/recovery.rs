@@ -38,6 +38,16 @@ const QUEUES_START: usize = 512;
 /// Words of the header, with the checksum at its end.
 const HEADER_WORDS: usize = 13;
 
+/// The word after the header: the write cache as the driver has set it (VIRTIO 1.3, 5.2.5), since
+/// front ends do not set it again when they reconnect. 0: not kept.
+const WRITEBACK_WORD: usize = HEADER_WORDS;
+
+/// Every write is stable when it completes: the driver does not flush.
+const WRITE_THROUGH: u64 = 1;
+
+/// Writes are stable after a flush.
+const WRITE_BACK: u64 = 2;
+
 /// Each queue, and the bits, begin at a multiple of so many words: a cache line.
 const ALIGNMENT: usize = 8;
 
@@ -136,6 +146,23 @@ impl Region {
         }
     }
 
+    /// Whether the device was a write-back cache, as far as that was kept.
+    #[must_use]
+    pub fn writeback(&self) -> Option<bool> {
+        match self.memory.word(WRITEBACK_WORD)?.load(Ordering::SeqCst) {
+            WRITE_THROUGH => Some(false),
+            WRITE_BACK => Some(true),
+            _ => None,
+        }
+    }
+
+    /// Keeps whether the device is a write-back cache.
+    pub fn keep_writeback(&self, writeback: bool) {
+        if let Some(word) = self.memory.word(WRITEBACK_WORD) {
+            word.store(if writeback { WRITE_BACK } else { WRITE_THROUGH }, Ordering::SeqCst);
+        }
+    }
+
     /// Bytes of the region.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -152,10 +179,10 @@ impl Region {
 /// Where the disk's session stands.
 #[derive(Debug)]
 enum Stage {
-    /// This process has not done anything that an older region does not know: it may still be
-    /// taken, if it is of this session.
+    /// Nothing has been done to the disk that the region of this session does not know: it may
+    /// still be taken.
     Untouched(Session),
-    /// This process goes on with that session.
+    /// The front end that is there goes on with that session.
     Begun(Session),
 }
 
@@ -178,14 +205,15 @@ impl Recovery {
     /// # Errors
     /// `Disk` if the add-cow file cannot be read, `Memory` if the host does not tell its boot.
     pub fn new(image: Arc<OpenImage>, max_queues: u16) -> Result<Self, RecoveryError> {
-        let has_new_bits = image.state.clusters() > 0 && image.state.is_writable();
+        let is_writable = image.state.is_writable();
+        // Also of a disk without new bits: its requests in flight are good for one session, too.
         let session = match &image.side {
-            Some(side) if has_new_bits => {
+            Some(side) if is_writable => {
                 block_on(session::read(&FileStorage::new(Arc::clone(side))))?
             }
             _ => Session::Impossible,
         };
-        if has_new_bits && session == Session::Impossible {
+        if is_writable && image.state.clusters() > 0 && session == Session::Impossible {
             log::warn!(
                 "the add-cow file's names leave no room for a session number: clusters that are \
                  new since the last flush are lost if this process is killed"
@@ -211,6 +239,15 @@ impl Recovery {
         };
         *stage = Stage::Begun(new);
         Ok(())
+    }
+
+    /// The front end has gone. Its region may come back for as long as nobody else uses the disk:
+    /// who does begins a session of its own.
+    pub fn leave(&self) {
+        let mut stage = self.stage.lock().expect("no panic while held");
+        if let Stage::Begun(session) = *stage {
+            *stage = Stage::Untouched(session);
+        }
     }
 
     /// Makes a region for a front end with these queues.

@@ -61,26 +61,41 @@ impl DeviceState {
     /// The driver accepted these features.
     pub fn set_features(&self, features: u64) {
         self.features.store(features, Ordering::Relaxed);
+        // 5.2.5.2: a driver that can turn the cache on and not flush it starts without.
+        if has_feature(features, VIRTIO_BLK_F_CONFIG_WCE)
+            && !has_feature(features, VIRTIO_BLK_F_FLUSH)
+        {
+            self.set_writeback(false);
+        }
+    }
+
+    /// Whether the device is a write-back cache, as CONFIG_WCE shows it.
+    pub fn is_writeback(&self) -> bool {
+        self.writeback.load(Ordering::Relaxed)
+    }
+
+    /// Makes the device what it was for this driver before.
+    pub fn set_writeback(&self, writeback: bool) {
+        self.writeback.store(writeback, Ordering::Relaxed);
     }
 
     /// The driver reset the device.
     pub fn reset(&self) {
         self.features.store(0, Ordering::Relaxed);
-        self.writeback.store(self.initial_writeback, Ordering::Relaxed);
+        self.set_writeback(self.initial_writeback);
     }
 
     /// `len` bytes of the configuration from byte `offset`.
     #[must_use]
     pub fn read_config(&self, offset: u32, len: u32) -> Vec<u8> {
-        let writeback = self.writeback.load(Ordering::Relaxed);
-        read_config(&self.image, &self.config, writeback, offset, len)
+        read_config(&self.image, &self.config, self.is_writeback(), offset, len)
     }
 
     /// The driver writes the configuration. Returns whether it may: only `writeback`, with 0 or 1.
     pub fn write_config(&self, offset: u32, bytes: &[u8]) -> bool {
         match (offset, bytes) {
             (WRITEBACK_OFFSET, [value @ (0 | 1)]) => {
-                self.writeback.store(*value == 1, Ordering::Relaxed);
+                self.set_writeback(*value == 1);
                 true
             }
             _ => false,
@@ -92,7 +107,7 @@ impl DeviceState {
     fn is_write_through(&self) -> bool {
         let features = self.features.load(Ordering::Relaxed);
         if has_feature(features, VIRTIO_BLK_F_CONFIG_WCE) {
-            !self.writeback.load(Ordering::Relaxed)
+            !self.is_writeback()
         } else {
             !has_feature(features, VIRTIO_BLK_F_FLUSH) || !self.initial_writeback
         }

@@ -141,19 +141,19 @@ impl SplitRing {
     /// Notes requests in flight in `inflight` from now on, and takes those once more that it holds.
     /// Returns how many.
     ///
-    /// The front end does not know what a process that died had taken, and starts the ring where
-    /// the used ring ends: what was in flight lies behind that in the available ring.
+    /// The front end does not know what a process that died had taken, nor what has been done since
+    /// it last asked: it may start the ring where the used ring ends (QEMU) or where the available
+    /// ring does (cloud-hypervisor). So the used ring alone says where it stands: what was in flight
+    /// lies behind that in the available ring, then what was never taken.
     pub fn track(&mut self, mut inflight: InflightQueue) -> usize {
         let used_index = self.used.load_u16(2, Ordering::Acquire);
         let heads = inflight.recover(used_index);
         let count = heads.len();
-        if let Ok(ahead) = u16::try_from(count)
-            && ahead > 0
-        {
-            (self.next_used, self.published) = (used_index, used_index);
-            self.next_avail = used_index.wrapping_add(ahead);
-            self.seen_avail = self.next_avail;
-        }
+        // There are at most as many as the ring has entries.
+        let ahead = u16::try_from(count).unwrap_or_default();
+        (self.next_used, self.published) = (used_index, used_index);
+        self.next_avail = used_index.wrapping_add(ahead);
+        self.seen_avail = self.next_avail;
         self.replay = heads.into();
         self.inflight = Some(inflight);
         count

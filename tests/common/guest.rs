@@ -282,9 +282,23 @@ impl Guest {
         (&mut kept.region, &mut kept.file)
     }
 
+    /// Hangs up, and keeps everything for another connection.
+    pub fn hang_up(&self) {
+        self.stream.shutdown(std::net::Shutdown::Both).expect("hang up");
+    }
+
     /// Goes on with another process behind `stream`, knowing nothing but what is in memory: rings
     /// begin where the used ring ends. Whether it accepted the memory for requests in flight.
     pub fn reconnect(&mut self, stream: UnixStream) -> vhost::Result<()> {
+        self.reconnect_at(stream, Ring::device_index)
+    }
+
+    /// The same; `base` says where a ring begins.
+    pub fn reconnect_at(
+        &mut self,
+        stream: UnixStream,
+        base: impl Fn(&Ring) -> u16,
+    ) -> vhost::Result<()> {
         self.watchdog = Watchdog::new(stream.try_clone().expect("another descriptor"));
         self.stream = stream.try_clone().expect("another descriptor");
         self.front = FrontDebug(Frontend::from_stream(stream, 64));
@@ -295,7 +309,7 @@ impl Guest {
         let table = self.mem.table();
         self.must("SET_MEM_TABLE", |front| front.set_mem_table(&table).map(drop));
         for queue in 0..self.rings.len() {
-            let base = self.rings[queue].device_index();
+            let base = base(&self.rings[queue]);
             self.configure_ring_at(queue, base);
             self.enable(queue, true);
             // As QEMU does: what was kicked for may have gone with the old process.
