@@ -8,7 +8,9 @@ mod common;
 #[path = "powercut/recorder.rs"]
 mod recorder;
 
+use std::ffi::CString;
 use std::fs::File;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::disk::{Daemon, Disk, Shape};
@@ -18,6 +20,7 @@ use common::request::Request;
 use common::ring::Buffer;
 use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern, to_u32, to_usize};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -45,24 +48,59 @@ fn serves_the_next(daemon: &mut Daemon, expected: &[u8]) {
     assert!(daemon.messages().contains(GONE), "it did not say why: {}", daemon.messages());
 }
 
-#[test]
-fn memory_on_a_file_system_that_a_process_serves_is_refused() {
-    let content = vec![0; to_usize(REGION)];
-    let Some(server) = recorder::mount(vec![("memory".to_owned(), content)]) else { return };
-    server.let_map();
-    let file = File::options().read(true).write(true).open(server.path("memory"));
-    let file = file.expect("open the memory file");
+/// A front end whose memory is the file at `path` is refused, for this reason.
+fn is_refused(path: &Path, reason: &str) {
+    let file = File::options().read(true).write(true).open(path).expect("open the memory file");
     let disk = Disk::small();
     let mut daemon = disk.serve(&[]);
     let mut guest = daemon.guest(Setup::default());
     let region = guest.mem.extra_on(&file);
     let answer = guest.message("ADD_MEM_REG", |front| front.add_mem_region(&region));
-    assert!(answer.is_err(), "its pages come when that process wants them to");
+    assert!(answer.is_err(), "its pages come when somebody wants them to");
     drop(guest);
     let said = daemon.messages();
-    assert!(said.contains("memory region: its file is on FUSE"), "{said}");
+    assert!(said.contains(&format!("memory region: {reason}")), "{said}");
     assert_bytes(&daemon.guest(Setup::default()).read_all(), &disk.initial(), "the next guest");
     daemon.stop();
+}
+
+#[test]
+fn memory_on_a_file_system_that_a_process_serves_is_refused() {
+    let content = vec![0; to_usize(REGION)];
+    let Some(server) = recorder::mount(vec![("memory".to_owned(), content)]) else { return };
+    server.let_map();
+    is_refused(&server.path("memory"), "its file is on FUSE");
+}
+
+#[test]
+fn memory_on_an_overlay_of_file_systems_is_refused() {
+    let folder = tempfile::tempdir_in("/dev/shm").expect("a folder");
+    let path = |name: &str| folder.path().join(name);
+    for name in ["lower", "upper", "work", "merged"] {
+        std::fs::create_dir(path(name)).expect("a folder");
+    }
+    let (lower, upper, work) = (path("lower"), path("upper"), path("work"));
+    let options = format!(
+        "lowerdir={},upperdir={},workdir={}",
+        lower.display(),
+        upper.display(),
+        work.display()
+    );
+    let options = CString::new(options).expect("no zero byte");
+    let merged = path("merged");
+    let flags = MountFlags::empty();
+    if let Err(error) = mount("overlay", &merged, "overlay", flags, options.as_c_str()) {
+        eprintln!("SKIPPED: cannot mount an overlay: {error}");
+        return;
+    }
+    let file = File::create(merged.join("memory")).expect("a file");
+    file.set_len(REGION).expect("its length");
+    drop(file);
+    let result = std::panic::catch_unwind(|| {
+        is_refused(&merged.join("memory"), "its file is on overlayfs");
+    });
+    unmount(&merged, UnmountFlags::DETACH).expect("unmount");
+    result.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
 }
 
 /// Puts a request on ring 0 whose data lies at `data`; its other parts lie where the rings do.

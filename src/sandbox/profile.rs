@@ -118,6 +118,9 @@ pub struct Rare {
 /// All of them.
 pub const RARE: &[Rare] = &[
     rare(Profile::Queue, "clock_gettime", "the kernel's clock cannot be read without a call"),
+    rare(Profile::Control, "clock_gettime", "the kernel's clock cannot be read without a call"),
+    rare(Profile::Queue, "madvise", "glibc was told to ask for huge pages"),
+    rare(Profile::Control, "madvise", "glibc was told to ask for huge pages"),
     rare(Profile::Queue, "sched_yield", "two threads are at the same place of a channel"),
     rare(Profile::Tables, "sched_yield", "two threads are at the same place of a channel"),
     rare(Profile::Queue, "mremap", "a list grows past the size for which memory is mapped alone"),
@@ -131,6 +134,8 @@ pub const RARE: &[Rare] = &[
     rare(Profile::Tables, "sigaltstack", "the disk is closed before the process has ended"),
     rare(Profile::Tables, "exit", "the disk is closed before the process has ended"),
     rare(Profile::Signals, "futex", "two threads write to the log at once"),
+    rare(Profile::Signals, "brk", "the memory of the process is used up"),
+    rare(Profile::Signals, "mmap", "the memory of the process is used up"),
     rare(Profile::Control, "rt_sigreturn", "a front end cuts a ring and then says where it lies"),
     rare(Profile::Control, "brk", "the memory of the process is used up"),
     rare(Profile::Queue, "brk", "the memory of the process is used up"),
@@ -310,7 +315,9 @@ const CONTROL: &[Rule] = &[
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
     call!(futex: SYS_futex),
+    call!(clock_gettime: SYS_clock_gettime),
     call!(rt_sigreturn: SYS_rt_sigreturn),
     call!(rt_sigprocmask: SYS_rt_sigprocmask),
     call!(sigaltstack: SYS_sigaltstack),
@@ -342,6 +349,7 @@ const QUEUE: &[Rule] = &[
     call!(munmap: SYS_munmap),
     call!(mincore: SYS_mincore),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_POPULATE_READ)),
     call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
     call!(futex: SYS_futex),
@@ -366,6 +374,7 @@ const TABLES: &[Rule] = &[
     call!(mremap: SYS_mremap),
     call!(munmap: SYS_munmap),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
     call!(rt_sigprocmask: SYS_rt_sigprocmask),
     call!(sigaltstack: SYS_sigaltstack),
     call!(exit: SYS_exit),
@@ -376,6 +385,8 @@ const SIGNALS: &[Rule] = &[
     call!(rt_sigtimedwait: SYS_rt_sigtimedwait),
     call!(write: SYS_write),
     call!(futex: SYS_futex),
+    call!(brk: SYS_brk),
+    call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
 ];
 
 /// The process that makes sockets.

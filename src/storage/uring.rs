@@ -108,6 +108,8 @@ struct Inner {
     in_flight: usize,
     /// Watched descriptors.
     watches: Vec<Watch>,
+    /// Why one of them is not watched, as an error number: nobody may sleep any more.
+    blind: Option<i32>,
     /// Memory that was registered, as address ranges; their number in the kernel's table is their
     /// index here. The owner keeps it mapped.
     memory: Vec<std::ops::Range<usize>>,
@@ -144,6 +146,7 @@ impl Ring {
             free: Vec::new(),
             in_flight: 0,
             watches: Vec::new(),
+            blind: None,
             memory: Vec::new(),
             memory_owner: None,
             files: Vec::new(),
@@ -225,9 +228,14 @@ impl Ring {
     /// was written to.
     ///
     /// # Errors
-    /// As [`Ring::submit`].
+    /// As [`Ring::submit`]; or that a descriptor cannot be watched, so that this might never end
+    /// (EINVAL: multishot polls came with Linux 5.13).
     pub fn submit_and_wait(&self) -> io::Result<()> {
-        retry_interrupted(|| self.inner.borrow().uring.submit_and_wait(1))
+        let inner = self.inner.borrow();
+        if let Some(code) = inner.blind {
+            return Err(io::Error::from_raw_os_error(code));
+        }
+        retry_interrupted(|| inner.uring.submit_and_wait(1))
     }
 
     /// Takes all completions: wakes the futures of operations, calls `ready` with the token of
@@ -307,6 +315,7 @@ impl Ring {
 impl Drop for Ring {
     fn drop(&mut self) {
         // The kernel may still write into buffers that our slots keep alive.
+        self.inner.borrow_mut().blind = None;
         while self.in_flight() > 0 {
             if let Err(error) = self.submit_and_wait() {
                 log::error!("io_uring: cannot wait for operations in flight: {error}");
@@ -383,8 +392,10 @@ impl Inner {
         let index = usize::try_from(completion.user_data() & !WATCH_BIT).unwrap_or(usize::MAX);
         let token = self.watches[index].token;
         if completion.result() < 0 {
-            let error = io::Error::from_raw_os_error(-completion.result());
+            let code = -completion.result();
+            let error = io::Error::from_raw_os_error(code);
             log::error!("io_uring: cannot watch a file descriptor: {error}");
+            self.blind = Some(code);
         } else if !cqueue::more(completion.flags())
             && let Err(error) = self.arm_watch(index)
         {
@@ -604,4 +615,21 @@ impl Storage for UringStorage {
 /// segment list has at most 1024 entries.
 fn kernel_len(len: usize) -> u32 {
     u32::try_from(len).expect("clipped to the kernel's limit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{Mode, OFlags, open};
+
+    #[test]
+    fn nobody_sleeps_on_a_descriptor_that_cannot_be_watched() {
+        let ring = Ring::new().unwrap();
+        // As every descriptor is on a kernel without multishot polls.
+        let place = open("/", OFlags::PATH, Mode::empty()).unwrap();
+        ring.watch(Arc::new(place), 1).unwrap();
+        ring.submit_and_wait().unwrap();
+        ring.reap(|_| {});
+        ring.submit_and_wait().unwrap_err();
+    }
 }
