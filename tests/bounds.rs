@@ -140,7 +140,7 @@ fn most_memory(worst: &Worst) -> Option<u64> {
     stall.open();
     drop(guest);
     // All that was taken is carried out first.
-    let status = daemon.terminate(Duration::from_secs(60));
+    let status = daemon.terminate(Duration::from_secs(300));
     assert_eq!(status.code(), Some(0), "exit code after SIGTERM");
     Some(most)
 }
