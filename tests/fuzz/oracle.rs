@@ -143,8 +143,9 @@ impl Memory {
     /// Takes the bytes of a buffer from `other`.
     pub fn copy_from(&mut self, other: &Self, address: u64, len: u32) {
         let bytes = other.get(address, usize::try_from(len).expect("64 bits"));
-        for (at, byte) in (address..).zip(bytes.expect("was walked")) {
-            let (region, offset) = Self::place(at).expect("was walked");
+        // The last byte may be the last of all addresses.
+        for (index, byte) in bytes.expect("was walked").into_iter().enumerate() {
+            let (region, offset) = Self::place(address + to_u64(index)).expect("was walked");
             self.regions[region][offset] = byte;
         }
     }
