@@ -40,6 +40,19 @@ sparse odd.raw 1000
 t addcow resize -f raw odd.raw 1k
 lengths odd.raw
 
+echo '# a raw image that ends inside a sector: its bytes are kept, and cut only on request'
+head -c 65536 /dev/zero | tr '\0' x | head -c 700 > tail.raw
+refused addcow resize -f raw tail.raw 512
+refused addcow resize -f raw tail.raw +0
+refused addcow resize -f raw tail.raw -188
+t addcow resize -f raw tail.raw +324
+lengths tail.raw
+tr '\0' 0 < tail.raw | tail -c 330
+echo
+head -c 700 tail.raw > cut.raw
+t addcow resize -f raw --shrink cut.raw 512
+lengths cut.raw
+
 echo '# refused: sizes'
 refused addcow resize disk.add-cow 64k
 refused addcow resize disk.add-cow -64k

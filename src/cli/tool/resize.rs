@@ -97,9 +97,13 @@ fn resize_disk(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Er
 }
 
 /// Resizes a raw image. Its length is all there is to it.
+///
+/// To the byte: its last part of a sector is on no disk, but it is what somebody's file holds, and
+/// must not be cut off unasked.
 fn resize_raw(path: &Path, size: &OsStr, shrink: bool) -> Result<(), Box<dyn Error>> {
     let disk = raw(path, OpenOptions { writable: true, ..OpenOptions::READ_ONLY })?;
-    let present = disk.state.virtual_size();
+    let present = disk.raw.len();
+    let present = present.map_err(failed(format!("cannot resize '{}'", path.display())))?;
     let size = new_size(size, present)?;
     check_size(size)?;
     check_change(path, &disk.raw, present, size, shrink)?;
