@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
-use shell::{command, run_script, wait};
+use shell::{command, have, run_script, wait};
 
 /// A folder for a script to run in, which must end well. Returns what it printed.
 fn run(folder: &Path, script: &str) -> String {
@@ -96,4 +96,71 @@ fn interrupted_rebase_leaves_what_the_disk_showed_and_can_be_run_again() {
         addcow info disk.add-cow | grep -q 'backing file: base.img'";
     run(&work, same);
     run(&work, "addcow rebase -b '' disk.add-cow; cmp disk.raw base.img");
+}
+
+/// What the verbs that replace a disk call to change files.
+const CHANGES: [&str; 7] =
+    ["pwritev", "ftruncate", "fsync", "fdatasync", "rename", "renameat2", "unlink"];
+
+/// A script that makes an old disk of 192 KiB over a longer base, and sets functions that find out
+/// whether it is the old one, or a new one of 1 MiB.
+const OLD_DISK: &str = "fill_clusters ../base.img 0 16
+    addcow create -q -b base.img -F raw --cluster-size 64k ../other.add-cow 1M
+    addcow create -q -b ../base.img -F raw --cluster-size 64k disk.add-cow 192k
+    fill_clusters disk.raw 0 1
+    poke disk.add-cow 65536 '\\001'
+    cp disk.add-cow disk.raw ..";
+
+/// Whether the disk is the old one.
+const IS_OLD: &str = "cmp disk.add-cow ../disk.add-cow && cmp disk.raw ../disk.raw";
+
+/// Kills a verb at, and lets fail, each call that changes a file.
+#[test]
+fn a_disk_is_replaced_whole_wherever_the_tool_is_killed_or_fails() {
+    let test = "a_disk_is_replaced_whole_wherever_the_tool_is_killed_or_fails";
+    let (_parent, work) = folders();
+    if !have("strace", test) {
+        return;
+    }
+    let traced = run_script("strace -qq true", &work, &work.join("../output"));
+    if traced.1 != "exit status: 0" {
+        let note = format!("SKIPPED {test}: no ptrace\n");
+        std::io::stderr().write_all(note.as_bytes()).unwrap();
+        return;
+    }
+    run(&work, OLD_DISK);
+    let new = "! cmp -s disk.add-cow ../disk.add-cow && addcow check -q disk.add-cow &&
+        test $(stat -c %s disk.raw) = 1048576";
+    let (mut killed, mut failed) = (0, 0);
+    for verb in [
+        "create -q -b ../base.img -F raw disk.add-cow 1M",
+        "snapshot -q ../other.add-cow disk.add-cow",
+    ] {
+        for (call, fault) in
+            CHANGES.iter().flat_map(|call| [(call, "signal=KILL"), (call, "error=EIO")])
+        {
+            for when in 1.. {
+                let inject = format!("-e inject={call}:{fault}:when={when}");
+                let script = format!(
+                    "rm -rf .disk.* disk.*; cp ../disk.add-cow ../disk.raw .
+                    strace -f -qq -o ../trace -e trace={call} {inject} addcow {verb} --force \
+                        2> ../error && status=0 || status=$?
+                    if test -e disk.add-cow; then
+                        ({IS_OLD}) > ../old 2>&1 || ({new}) || exit 9
+                    fi
+                    test $status = 0 || test $status -gt 100 || ({IS_OLD}) || exit 9
+                    test $(grep -c '{call}(' ../trace) -ge {when} || status=done
+                    echo $status"
+                );
+                match run(&work, &script).trim() {
+                    "done" => break,
+                    "0" => {}
+                    "1" => failed += 1,
+                    _ => killed += 1,
+                }
+            }
+        }
+    }
+    println!("{killed} killed, {failed} failed");
+    assert!(killed >= 20 && failed >= 10, "{killed} killed, {failed} failed");
 }

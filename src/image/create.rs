@@ -5,6 +5,9 @@
 //! add-cow file is written under a temporary name; then the raw image is made, or grown; and at
 //! last the add-cow file gets its name, without replacing one unless that was asked for.
 //!
+//! An add-cow file that is to be replaced loses its name before the image grows or appears: it may
+//! be the image's own, and no cut may leave it over an image that it knows nothing of.
+//!
 //! Relies on nobody else creating the same disk at the same time beyond that last step, which only
 //! one of them can win. Files that are there are locked: one that is in use is left alone.
 //!
@@ -28,7 +31,7 @@ use crate::storage::file::FileStorage;
 use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
 use crate::storage::lock::Usage;
 use crate::storage::name_policy::Named;
-use crate::storage::new_file::NewFile;
+use crate::storage::new_file::{NewFile, SetAside};
 use crate::storage::{IoBuffer, Storage, transfer};
 use crate::units::{ClusterSize, SECTOR_SIZE};
 
@@ -186,7 +189,7 @@ struct Plan<'a> {
     /// The backing chain.
     backing: Option<OpenChain>,
     /// The add-cow file that is to be replaced, if there is one; kept for its lock.
-    _replaced: Option<HostFile>,
+    replaced: Option<HostFile>,
 }
 
 impl<'a> Plan<'a> {
@@ -221,7 +224,7 @@ impl<'a> Plan<'a> {
             compat_features: 0,
         };
         let geometry = new_geometry(&options.path, cluster_size, size)?;
-        Ok(Self { options, header, geometry, image_path, image, backing, _replaced: replaced })
+        Ok(Self { options, header, geometry, image_path, image, backing, replaced })
     }
 
     /// Makes the files.
@@ -229,13 +232,35 @@ impl<'a> Plan<'a> {
         let path = &self.options.path;
         let content = NewSide::new(&self.header, self.geometry).map_err(header_error(path))?;
         let side = write_temporary(path, &content)?;
+        // Declared first: after an error the image has its old length before the file is back.
+        let aside = self.set_aside()?;
         let image = self.make_image()?;
         // Once more: who asked for one name for two new files has by now got the first of them,
         // and would lose it to the second.
         check_side(self.options, Some(&image.file), self.backing.as_ref())?;
-        publish(side, path, self.options.force)?;
+        // The name of one that was set aside is free; if it is not, it is somebody else's.
+        publish(side, path, self.options.force && aside.is_none())?;
         image.keep();
+        aside.into_iter().for_each(SetAside::discard);
         Ok(Created { header: self.header, geometry: self.geometry })
+    }
+
+    /// The length of the raw image in bytes, if there is one that has to grow.
+    fn shorter_image(&self) -> Result<Option<u64>, OpenError> {
+        let Some(image) = &self.image else { return Ok(None) };
+        let len = file_len(FileRole::Raw, image)?;
+        Ok((len < self.geometry.virtual_size()).then_some(len))
+    }
+
+    /// Takes its name away from the add-cow file that is to be replaced, if the image will change
+    /// or appear.
+    fn set_aside(&self) -> Result<Option<SetAside>, OpenError> {
+        let is_as_it_was = self.image.is_some() && self.shorter_image()?.is_none();
+        if self.replaced.is_none() || is_as_it_was {
+            return Ok(None);
+        }
+        let path = &self.options.path;
+        SetAside::new(path).map(Some).map_err(io_error("replace", FileRole::Side, path))
     }
 
     /// Makes the raw image, or grows it, and makes that durable.
@@ -243,10 +268,9 @@ impl<'a> Plan<'a> {
         let (path, size) = (&self.image_path, self.geometry.virtual_size());
         let made = match &self.image {
             Some(image) => {
-                let len = file_len(FileRole::Raw, image)?;
-                if len >= size {
+                let Some(len) = self.shorter_image()? else {
                     return Ok(MadeImage { file: Arc::clone(image), undo: Undo::Nothing });
-                }
+                };
                 // Locked already, through the other open file.
                 let (role, access) = (FileRole::Raw, Access::ReadWrite);
                 let file = open_unlocked(role, path, Named::Operator, access, CacheMode::Buffered)?;
@@ -311,7 +335,9 @@ impl Drop for MadeImage {
             Undo::Remove => drop(remove_file(self.file.path())),
             // Not if somebody else has changed it since.
             Undo::SetLen { from, to } if self.file.len().is_ok_and(|len| len == from) => {
-                drop(FileStorage::new(Arc::clone(&self.file)).set_len(to));
+                let storage = FileStorage::new(Arc::clone(&self.file));
+                // Durable before an add-cow file that was set aside is back.
+                drop(storage.set_len(to).and_then(|()| block_on(storage.sync())));
             }
             Undo::SetLen { .. } => {}
         }

@@ -2,18 +2,19 @@
 //!
 //! A [`NewFile`] is written under the name `.NAME.xxxxxx` beside the one that it will have; it gets
 //! that name in one step, once its content is synced. Dropped before, it goes away. A process that
-//! is killed leaves the temporary file behind, and whatever had the name before as it was.
+//! is killed leaves the temporary file behind, and whatever had the name before as it was. Where
+//! that must not be found any more before the new one is there, it is [`SetAside`].
 //!
 //! Not here: what is written, and whether the file that is replaced is one that may be.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{metadata, remove_file, symlink_metadata};
+use std::fs::{metadata, remove_file, rename, symlink_metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tempfile::NamedTempFile;
+use tempfile::{NamedTempFile, TempPath};
 
 use super::host_file::{HostFile, sync_folder};
 
@@ -81,6 +82,48 @@ impl NewFile {
     }
 }
 
+/// A file that has lost its name for now, because what belongs to it is about to change: under that
+/// name it would be taken for what it is not any more. Dropped, it gets its name back. A process
+/// that is killed leaves it under a temporary name.
+#[derive(Debug)]
+pub struct SetAside {
+    /// Its temporary name; `None` once it is settled what becomes of the file.
+    temporary: Option<TempPath>,
+    /// The name that it had.
+    path: PathBuf,
+}
+
+impl SetAside {
+    /// Takes the name away from the file `path`, durably.
+    ///
+    /// # Errors
+    /// What the host said. The file has its name then.
+    pub fn new(path: &Path) -> io::Result<Self> {
+        // A name that is ours: the rename replaces an empty file, and never another one.
+        let temporary = NewFile::create(path)?.temporary.into_temp_path();
+        rename(path, &temporary)?;
+        let aside = Self { temporary: Some(temporary), path: path.to_owned() };
+        sync_folder(folder_of(path))?;
+        Ok(aside)
+    }
+
+    /// Removes the file: there is another one by now.
+    pub fn discard(mut self) {
+        // Where that fails a temporary file stays behind, which harms nobody.
+        drop(self.temporary.take());
+    }
+}
+
+impl Drop for SetAside {
+    fn drop(&mut self) {
+        let Some(temporary) = self.temporary.take() else { return };
+        // Not over a file that somebody else has made meanwhile; then both stay.
+        if let Err(refused) = temporary.persist_noclobber(&self.path) {
+            drop(refused.path.keep());
+        }
+    }
+}
+
 /// Whether a new file may get the name `path`: its folder is there, and there is no file, or it may
 /// be replaced and is a regular one, never a device, a folder or a link.
 ///
@@ -134,6 +177,29 @@ mod tests {
         assert!(names(folder.path()).is_empty());
         NewFile::create(&path).unwrap().publish(false).unwrap();
         assert_eq!(names(folder.path()), [path.file_name().unwrap()]);
+    }
+
+    #[test]
+    fn a_file_that_was_set_aside_gets_its_name_back_unless_it_is_taken_or_not_wanted() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk");
+        fs::write(&path, b"old").unwrap();
+        let aside = SetAside::new(&path).unwrap();
+        assert!(!path.exists());
+        assert_eq!(names(folder.path()).len(), 1);
+        drop(aside);
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(folder.path()).len(), 1);
+        SetAside::new(&path).unwrap().discard();
+        assert!(names(folder.path()).is_empty());
+        assert_eq!(SetAside::new(&path).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert!(names(folder.path()).is_empty());
+        fs::write(&path, b"old").unwrap();
+        let aside = SetAside::new(&path).unwrap();
+        fs::write(&path, b"somebody else's").unwrap();
+        drop(aside);
+        assert_eq!(fs::read(&path).unwrap(), b"somebody else's");
+        assert_eq!(names(folder.path()).len(), 2, "nothing is lost");
     }
 
     #[test]
