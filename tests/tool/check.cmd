@@ -73,6 +73,14 @@ refused addcow check base.img
 refused addcow check empty
 poke plain.add-cow 24 '\001'
 refused addcow check plain.add-cow
+addcow create -q base.add-cow 64k
+addcow create -q -b base.add-cow -F add-cow over.add-cow
+t addcow check -q over.add-cow
+poke base.add-cow 24 '\001'
+refused addcow check over.add-cow
+poke base.add-cow 0 x
+refused addcow check over.add-cow
+refused addcow check base.add-cow
 refused addcow check -r some disk.add-cow
 refused addcow check missing.add-cow
 

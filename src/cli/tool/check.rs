@@ -106,7 +106,7 @@ pub fn run(arguments: &Arguments) -> Outcome {
         return Err("-r changes the disk and needs it alone: it does not go with -U".into());
     }
     let report = match add_cow(path, repair, arguments.disk.locking()) {
-        Err(error) if is_unsupported(&error) => {
+        Err(error) if is_unsupported(&error, path) => {
             eprintln!("{}", error_line(PROGRAM, &error));
             return Ok(EXIT_UNSUPPORTED);
         }
@@ -134,8 +134,9 @@ fn unsupported(format: DiskFormat) -> Option<&'static str> {
     }
 }
 
-/// Whether the file is none that can be checked at all.
-fn is_unsupported(error: &OpenError) -> bool {
+/// Whether the error is that `disk` itself is no file that can be checked. One of its chain may be
+/// none either, and then the check could not be done.
+fn is_unsupported(error: &OpenError, disk: &Path) -> bool {
     let version = matches!(
         error,
         OpenError::Format {
@@ -143,7 +144,8 @@ fn is_unsupported(error: &OpenError) -> bool {
             ..
         }
     );
-    version || is_wrong_format(error)
+    let is_own = matches!(error, OpenError::Format { path, .. } if path == disk);
+    is_own && (version || is_wrong_format(error))
 }
 
 /// The result for programs.
