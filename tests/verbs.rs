@@ -164,3 +164,39 @@ fn a_disk_is_replaced_whole_wherever_the_tool_is_killed_or_fails() {
     println!("{killed} killed, {failed} failed");
     assert!(killed >= 20 && failed >= 10, "{killed} killed, {failed} failed");
 }
+
+/// As nobody if this is root, whom no permission stops.
+#[test]
+fn what_cannot_be_opened_is_not_replaced() {
+    let (_parent, work) = folders();
+    let is_root = rustix::process::geteuid().is_root();
+    if is_root && !have("setpriv", "what_cannot_be_opened_is_not_replaced") {
+        return;
+    }
+    let who = if is_root { "setpriv --reuid 65534 --regid 65534 --clear-groups" } else { "" };
+    run(
+        &work,
+        "fill_clusters base.img 0 4
+        addcow create -q -b base.img -F raw disk.add-cow
+        addcow export -q disk.add-cow disk.qcow2
+        addcow create -q old.add-cow 1M
+        chmod 0 old.add-cow
+        test $(id -u) != 0 || chown -R 65534 ..
+        # Others may not look into the folder where it was built.
+        cp $(command -v addcow) ../addcow",
+    );
+    for (verb, role) in [
+        ("create -b base.img -F raw -i new.raw old.add-cow", "add-cow file"),
+        ("snapshot -i new.raw disk.add-cow old.add-cow", "add-cow file"),
+        ("convert disk.add-cow old.add-cow", "disk"),
+        ("convert -O add-cow disk.add-cow old.add-cow", "add-cow file"),
+        ("convert -O add-cow -o image_file=old.add-cow disk.add-cow new.add-cow", "raw image"),
+        ("export disk.add-cow old.add-cow", "disk"),
+        ("adopt disk.qcow2 old.add-cow", "add-cow file"),
+    ] {
+        let said = run(&work, &format!("refused {who} ../addcow {verb} --force"));
+        let expected = format!("addcow: cannot open {role} 'old.add-cow': Permission denied");
+        assert!(said.contains(&expected) && said.ends_with("[exit 1]\n"), "{verb}: {said}");
+        assert_eq!(said.lines().count(), 3, "{verb}: {said}");
+    }
+}

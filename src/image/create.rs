@@ -20,7 +20,8 @@ use std::sync::Arc;
 
 use super::chain::{self, ChainOptions, Layer, OpenChain};
 use super::open::{
-    check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_unlocked,
+    check_distinct, check_raw, file_len, folder_of, io_error, lock_file, open_existing,
+    open_unlocked,
 };
 use super::{FileRole, OpenError};
 use crate::executor::block_on;
@@ -204,7 +205,7 @@ impl<'a> Plan<'a> {
             }
             None => None,
         };
-        let image = open_existing(FileRole::Raw, &image_path)?;
+        let image = open_existing(FileRole::Raw, &image_path)?.map(Arc::new);
         let replaced = check_side(options, image.as_deref(), backing.as_ref())?;
         if image.is_some() && !options.reuse_image {
             return Err(OpenError::Exists { role: FileRole::Raw, path: image_path });
@@ -363,15 +364,6 @@ fn publish(side: NewFile, path: &Path, force: bool) -> Result<(), OpenError> {
     })
 }
 
-/// Opens a file for reading, if there is one.
-fn open_existing(role: FileRole, path: &Path) -> Result<Option<Arc<HostFile>>, OpenError> {
-    match HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
-        Ok(file) => Ok(Some(Arc::new(file))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(io_error("open", role, path)(error)),
-    }
-}
-
 /// Whether the add-cow file may be made: there is none, or it may be replaced; and it is none of
 /// the disk's other files, which must be two themselves. Returns the one that will be replaced.
 fn check_side(
@@ -391,9 +383,9 @@ fn check_side(
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(io_error("look at", FileRole::Side, path)(error)),
     };
-    // One that cannot be opened is none of the others, which were.
-    let side = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered).ok();
-    if let Some(side) = &side {
+    // One that cannot be opened is none of the others, which were; what that means comes last.
+    let side = open_existing(FileRole::Side, path);
+    if let Ok(Some(side)) = &side {
         let image = image.map(|file| (FileRole::Raw, file));
         let backing = backing().map(|file| (FileRole::Backing, &**file));
         for (role, file) in image.into_iter().chain(backing) {
@@ -408,7 +400,7 @@ fn check_side(
         let problem = io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file");
         return Err(io_error("replace", FileRole::Side, path)(problem));
     }
-    Ok(side)
+    side
 }
 
 /// The virtual size in bytes.

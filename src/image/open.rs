@@ -197,6 +197,20 @@ pub(crate) fn open_unlocked(
     })
 }
 
+/// Opens a file for reading that a new one may replace or take over; `None` if there is none.
+///
+/// One that is there but cannot be opened is an error: nobody could tell whether it is in use.
+///
+/// # Errors
+/// `Io`, unless there is no such file.
+pub(crate) fn open_existing(role: FileRole, path: &Path) -> Result<Option<HostFile>, OpenError> {
+    match HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("open", role, path)(error)),
+    }
+}
+
 /// Locks one file of a disk for that access, unless locking is off.
 pub(crate) fn lock_for(
     role: FileRole,

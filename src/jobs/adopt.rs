@@ -31,7 +31,7 @@ use crate::format::qcow2::Header as Qcow2Header;
 use crate::format::{BitmapGeometry, FileReference, FileRole as NameRole, Header};
 use crate::image::chain::{ChainOptions, OpenChain, qcow2};
 use crate::image::open::{
-    RAW_FORMAT, check_distinct, folder_of, io_error, lock_for, open_unlocked,
+    RAW_FORMAT, check_distinct, folder_of, io_error, lock_for, open_existing, open_unlocked,
 };
 use crate::image::{FileRole, OpenError};
 use crate::jobs::JobError;
@@ -156,10 +156,7 @@ fn check_new<'a>(
     new: &Path,
     mut others: impl Iterator<Item = (FileRole, &'a HostFile)>,
 ) -> Result<Option<HostFile>, JobError> {
-    // One that cannot be opened is none of the others, which were.
-    let Ok(old) = HostFile::open(new, Access::ReadOnly, CacheMode::Buffered) else {
-        return Ok(None);
-    };
+    let Some(old) = open_existing(FileRole::Side, new)? else { return Ok(None) };
     others.try_for_each(|(role, file)| check_distinct(FileRole::Side, &old, role, file))?;
     lock_for(FileRole::Side, &old, Access::ReadWrite, Locking::On)?;
     Ok(Some(old))

@@ -19,14 +19,16 @@ use crate::format::qcow2::header::{EXTERNAL_DATA, RAW_EXTERNAL_DATA};
 use crate::format::qcow2::layout::REFCOUNT_ORDER;
 use crate::format::qcow2::{Backing, Header};
 use crate::image::chain::OpenChain;
-use crate::image::open::{OpenImage, OpenOptions, add_cow, folder_of, io_error, lock_for};
+use crate::image::open::{
+    OpenImage, OpenOptions, add_cow, folder_of, io_error, lock_for, open_existing,
+};
 use crate::image::{FileRole as ImageRole, OpenError};
 use crate::jobs::JobError;
 use crate::jobs::names::{absolute_name, move_name, name_beside, new_file_error};
 use crate::jobs::progress::Progress;
 use crate::jobs::qcow2::tables::{Tables, WriteError};
 use crate::storage::file::FileStorage;
-use crate::storage::host_file::{Access, CacheMode, HostFile};
+use crate::storage::host_file::{Access, HostFile};
 use crate::storage::lock::Locking;
 use crate::storage::new_file::{NewFile, check_target};
 
@@ -88,10 +90,7 @@ pub fn to_qcow2(options: &ExportOptions, progress: &impl Progress) -> Result<Exp
 fn check_out(options: &ExportOptions, disk: &OpenImage) -> Result<Option<HostFile>, JobError> {
     let out = &options.out;
     check_target(out, options.force).map_err(|error| new_file_error(OUT, out, error))?;
-    // One that cannot be opened is none of the disk's, which were.
-    let Ok(old) = HostFile::open(out, Access::ReadOnly, CacheMode::Buffered) else {
-        return Ok(None);
-    };
+    let Some(old) = open_existing(OUT, out)? else { return Ok(None) };
     let layers = disk.backing.iter().flat_map(OpenChain::layers);
     let mut own = layers.flat_map(|layer| layer.files()).chain([&disk.raw]).chain(&disk.side);
     if own.any(|file| file.identity() == old.identity()) {

@@ -22,7 +22,7 @@ use crate::image::allocation::AllocationMap;
 use crate::image::chain::open::resolve;
 use crate::image::chain::{ChainOptions, DiskFormat, OpenChain};
 use crate::image::create::{CreateOptions, NewSide, default_cluster_size, new_geometry};
-use crate::image::open::{check_raw, folder_of, io_error, lock_for};
+use crate::image::open::{check_raw, folder_of, io_error, lock_for, open_existing};
 use crate::image::{FileRole, Image, ImageState, OpenError};
 use crate::jobs::JobError;
 use crate::jobs::copy::Pace;
@@ -30,7 +30,7 @@ use crate::jobs::names::{is_same_folder, new_file_error};
 use crate::jobs::progress::Progress;
 use crate::storage::Storage;
 use crate::storage::file::FileStorage;
-use crate::storage::host_file::{Access, CacheMode, HostFile, sync_folder};
+use crate::storage::host_file::{Access, HostFile, sync_folder};
 use crate::storage::lock::Locking;
 use crate::storage::new_file::{NewFile, check_target};
 use crate::units::SECTOR_SIZE;
@@ -135,10 +135,7 @@ fn check_new(
     chains: &[&OpenChain],
 ) -> Result<Option<HostFile>, JobError> {
     check_target(path, force).map_err(|error| new_file_error(role, path, error))?;
-    // One that cannot be opened is none of those, which were.
-    let Ok(old) = HostFile::open(path, Access::ReadOnly, CacheMode::Buffered) else {
-        return Ok(None);
-    };
+    let Some(old) = open_existing(role, path)? else { return Ok(None) };
     let layers = chains.iter().flat_map(|chain| chain.layers());
     if layers.flat_map(|layer| layer.files()).any(|file| file.identity() == old.identity()) {
         let name = path.display();
