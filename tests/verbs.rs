@@ -200,3 +200,35 @@ fn what_cannot_be_opened_is_not_replaced() {
         assert_eq!(said.lines().count(), 3, "{verb}: {said}");
     }
 }
+
+#[test]
+fn what_replaces_a_file_takes_over_its_permissions() {
+    let (_parent, work) = folders();
+    let script = "umask 022
+        fill_clusters base.img 0 4
+        addcow create -q -b base.img -F raw disk.add-cow
+        addcow export -q disk.add-cow disk.qcow2
+        addcow create -q new.add-cow 256k
+        touch out
+        for mode in 600 666 440; do
+            chmod $mode new.add-cow new.raw out
+            for verb in \
+                'create -q -b base.img -F raw new.add-cow 256k' \
+                'create -q -b base.img -F raw -i longer.raw new.add-cow 256k' \
+                'snapshot -q disk.add-cow new.add-cow' \
+                'convert -q -O add-cow disk.add-cow new.add-cow' \
+                'convert -q disk.add-cow out' \
+                'export -q disk.add-cow out' \
+                'adopt -q disk.qcow2 new.add-cow'
+            do
+                truncate -s 64k longer.raw
+                addcow $verb --force
+                stat -c '%a' new.add-cow new.raw out | sort -u | tr '\\n' ' '
+            done
+            echo
+        done
+        addcow create -q fresh.add-cow 256k
+        stat -c '%a' fresh.add-cow longer.raw";
+    let line = |mode| format!("{mode} ").repeat(7) + "\n";
+    assert_eq!(run(&work, script), line(600) + &line(666) + &line(440) + "644\n644\n");
+}

@@ -6,14 +6,14 @@
 //!
 //! Not here: what the file means (`image::open`).
 
-use std::fs::File;
+use std::fs::{File, remove_file};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use rustix::fs::{Advice, AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use rustix::fs::{
-    fadvise, fcntl_getfl, fcntl_setfl, fdatasync, fstat, fstatfs, fsync, open, seek, statx,
+    fadvise, fchmod, fcntl_getfl, fcntl_setfl, fdatasync, fstat, fstatfs, fsync, open, seek, statx,
 };
 
 use super::Alignment;
@@ -23,6 +23,9 @@ use crate::units::{ByteRange, SECTOR_SIZE};
 
 /// File system type of tmpfs (statfs(2), `TMPFS_MAGIC`).
 pub(super) const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// The permission bits of owner, group and others.
+pub(super) const PERMISSIONS: Mode = Mode::RWXU.union(Mode::RWXG).union(Mode::RWXO);
 
 /// How a file is opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,6 +92,21 @@ impl HostFile {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o666);
         Self::from_file(File::from(open(path, flags, mode)?), path, CacheMode::Buffered)
+    }
+
+    /// The same, with the permission bits of `mode` and no others, whatever the umask is.
+    ///
+    /// # Errors
+    /// As [`HostFile::create_new`].
+    pub(super) fn create_new_with(path: &Path, mode: Mode) -> io::Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        // The umask only takes bits away: at no time may anybody open it who may not later.
+        let file = File::from(open(path, flags, mode)?);
+        if Mode::from_raw_mode(fstat(&file)?.st_mode) & PERMISSIONS != mode {
+            // Only then: not every file system can change them.
+            fchmod(&file, mode).inspect_err(|_| drop(remove_file(path)))?;
+        }
+        Self::from_file(file, path, CacheMode::Buffered)
     }
 
     /// Takes an open file that was opened as `path`. Its open flags are changed to suit `cache`.

@@ -11,12 +11,14 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{metadata, remove_file, rename, symlink_metadata};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::fs::Mode;
 use tempfile::{NamedTempFile, TempPath};
 
-use super::host_file::{HostFile, sync_folder};
+use super::host_file::{HostFile, PERMISSIONS, sync_folder};
 
 /// The most bytes of the name in that of the temporary file: a file name has at most 255 bytes, and
 /// two dots and six random characters are put around these.
@@ -32,7 +34,9 @@ pub struct NewFile {
 }
 
 impl NewFile {
-    /// Makes an empty file in the folder of `path`, with the permissions of a new file there.
+    /// Makes an empty file in the folder of `path`: with the permission bits of the file which has
+    /// that name, since whom they keep out must not read what replaces it; else with those of a new
+    /// file there.
     ///
     /// # Errors
     /// What the host said.
@@ -47,8 +51,13 @@ impl NewFile {
         // The host's own words: the error of `tempfile` would show the random name, which means
         // nothing to anybody.
         let mut refusal = None;
+        let mode = permissions_of(path)?;
         let temporary = tempfile::Builder::new().prefix(&prefix).make_in(folder_of(path), |path| {
-            HostFile::create_new(path).map(Arc::new).inspect_err(|error| {
+            let made = match mode {
+                Some(mode) => HostFile::create_new_with(path, mode),
+                None => HostFile::create_new(path),
+            };
+            made.map(Arc::new).inspect_err(|error| {
                 refusal = error.raw_os_error().map(io::Error::from_raw_os_error);
             })
         });
@@ -146,6 +155,16 @@ pub fn check_target(path: &Path, replace: bool) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "is not a regular file"));
     }
     Ok(())
+}
+
+/// The permission bits of the regular file `path`, if there is one.
+fn permissions_of(path: &Path) -> io::Result<Option<Mode>> {
+    match symlink_metadata(path) {
+        Ok(old) if old.is_file() => Ok(Some(Mode::from_raw_mode(old.mode()) & PERMISSIONS)),
+        Ok(_) => Ok(None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// The folder of `path`, never empty.
