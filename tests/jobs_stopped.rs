@@ -355,3 +355,26 @@ fn an_interrupted_conversion_leaves_nothing() {
     lab.interrupted("compare -p -F raw disk.add-cow flat.img");
     lab.is_unchanged("disk");
 }
+
+/// Of a qcow2 file with small clusters a look-up tells 32 KiB, so to skip what is not there takes
+/// long.
+#[test]
+fn a_job_that_only_skips_shows_its_progress_and_may_be_interrupted() {
+    let lab = Lab::new();
+    let mut qemu_img = Command::new("qemu-img");
+    qemu_img.args(["create", "-q", "-f", "qcow2", "-o", "cluster_size=512", "empty.qcow2", "1G"]);
+    if !qemu_img.current_dir(lab.dir.path()).status().is_ok_and(|status| status.success()) {
+        let line = b"SKIPPED a_job_that_only_skips: no qemu-img\n";
+        stderr().write_all(line).expect("standard error");
+        return;
+    }
+    File::create(lab.dir.path().join("empty.img")).expect("an empty file");
+    for line in [
+        "convert -p -f qcow2 empty.qcow2 small/new.img",
+        "convert -p -f qcow2 -O add-cow -B ../empty.img -F raw empty.qcow2 small/new.add-cow",
+        "compare -p -f qcow2 -F raw empty.qcow2 empty.img",
+    ] {
+        lab.interrupted(line);
+        assert_eq!(lab.names(), [""; 0], "{line}");
+    }
+}

@@ -221,6 +221,7 @@ pub async fn commit<S: Storage>(
                     return Ok(Some(step));
                 }
                 done.set(done.get() + step.range.len());
+                progress.update(done.get(), total)?;
             }
             Ok(None)
         },

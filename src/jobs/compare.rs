@@ -87,6 +87,8 @@ pub async fn compare<S: Storage>(
                 if first.is_zero && second.is_zero {
                     next = second.range.end();
                     done.set(done.get() + second.range.len());
+                    // Pieces may be small, and this may be all there is to do.
+                    progress.update(done.get(), total)?;
                     continue;
                 }
                 // Half of a buffer for each of the two.

@@ -51,6 +51,8 @@ pub async fn to_raw<S: Storage>(
                 if piece.is_zero && block.is_some() {
                     next = piece.range.end();
                     done.set(done.get() + piece.range.len());
+                    // Pieces may be small, and this may be all there is to do.
+                    progress.update(done.get(), total)?;
                     continue;
                 }
                 let range = pace.step_of(piece.range);
@@ -140,6 +142,7 @@ pub async fn to_overlay<S: Storage>(
                 if ours.is_zero && theirs.is_zero && end > next {
                     done.set(done.get() + (end - next));
                     next = end;
+                    progress.update(done.get(), total)?;
                     continue;
                 }
                 // Half of a buffer for each side.
