@@ -14,7 +14,7 @@ mod stall;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::disk::{Daemon, TOOL, run_to_end};
@@ -287,4 +287,31 @@ fn a_backing_file_that_claims_to_be_huge_costs_what_its_files_hold() {
     assert!(tables <= 2 * MIB, "{tables} bytes of page tables");
     drop(guest);
     daemon.stop();
+}
+
+/// Who uses a disk is searched for among all processes, and those may have any files open.
+#[test]
+fn a_hung_file_of_somebody_else_does_not_hold_up_a_refusal() {
+    let Some(stall) = Stall::mount(MIB) else { return };
+    let folder = tempfile::tempdir().expect("a folder");
+    File::create(folder.path().join("base.img")).and_then(|f| f.set_len(MIB)).expect("a base");
+    let disk = disk(&folder.path().join("base.img"), MIB, 4 * KIB);
+    let daemon = serve(&disk);
+    // Our own; we come before the daemon, whose process is younger.
+    let _open = File::open(stall.path()).expect("the hung file");
+    let closed = stall.close_for_questions();
+    let mut command = Command::new(TOOL);
+    command.args(["info", "disk.add-cow"]).current_dir(disk.path()).stderr(Stdio::piped());
+    let mut child = command.spawn().expect("run the tool");
+    let start = Instant::now();
+    let mut ended = false;
+    while !ended && start.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(10));
+        ended = child.try_wait().expect("wait").is_some();
+    }
+    drop(closed);
+    let output = child.wait_with_output().expect("its end");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.contains(&format!("(addcowd, PID {})", daemon.pid())), "{said}");
+    assert!(ended, "it has waited for a file that is not its business");
 }

@@ -8,14 +8,18 @@
 //! other users (unless we are root) or of other PID namespaces, for a lock that went away
 //! meanwhile, without /proc, and where the search takes longer than `MAX_SEARCH`.
 //!
+//! Files are locked when a disk is opened, so the daemon comes here before it confines itself:
+//! there is no rule for what is done here (`cli/daemon.rs`).
+//!
 //! Not here: taking locks (`lock`).
 
 use std::fmt;
-use std::fs::{File, Metadata, metadata, read_dir, read_to_string};
+use std::fs::{File, read_dir, read_to_string};
 use std::ops::RangeInclusive;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{AtFlags, CWD, Statx, StatxFlags, statx};
 
 /// The longest search: a refusal takes half a second as it is.
 const MAX_SEARCH: Duration = Duration::from_secs(1);
@@ -37,7 +41,9 @@ impl fmt::Display for LockHolder {
 
 /// Another process that has one of `bytes` of `file` locked, if one can be found.
 pub(super) fn find(file: &File, bytes: &[i64]) -> Option<LockHolder> {
-    let (wanted, end) = (file.metadata().ok()?, Instant::now() + MAX_SEARCH);
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let wanted = statx(file, c"", flags, StatxFlags::INO).ok()?;
+    let end = Instant::now() + MAX_SEARCH;
     for entry in read_dir("/proc").ok()? {
         let Ok(entry) = entry else { continue };
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
@@ -56,11 +62,14 @@ pub(super) fn find(file: &File, bytes: &[i64]) -> Option<LockHolder> {
 }
 
 /// Whether the process of this folder of /proc has the file open and one of its bytes locked.
-fn holds(process: &Path, wanted: &Metadata, bytes: &[i64], end: Instant) -> bool {
+fn holds(process: &Path, wanted: &Statx, bytes: &[i64], end: Instant) -> bool {
     let Ok(files) = read_dir(process.join("fd")) else { return false };
     for open in files.flatten().take_while(|_| Instant::now() < end) {
-        // A look at where the link leads, not an opening.
-        let is_it = metadata(open.path()).is_ok_and(|found| is_same(&found, wanted));
+        // A look at where the link leads, not an opening. It may lead to any file of any process,
+        // also on a server (FUSE, NFS) that answers nothing any more, which a stat(2) would wait
+        // for: so only what the kernel knows by itself is asked for, and who a file is it does.
+        let found = statx(CWD, open.path(), AtFlags::STATX_DONT_SYNC, StatxFlags::INO);
+        let is_it = found.is_ok_and(|found| is_same(&found, wanted));
         if is_it
             && let Ok(facts) = read_to_string(process.join("fdinfo").join(open.file_name()))
             && facts.lines().filter_map(locked_range).any(|r| bytes.iter().any(|b| r.contains(b)))
@@ -72,8 +81,9 @@ fn holds(process: &Path, wanted: &Metadata, bytes: &[i64], end: Instant) -> bool
 }
 
 /// Whether both are of one inode: locks belong to inodes, also those of device nodes.
-fn is_same(one: &Metadata, other: &Metadata) -> bool {
-    (one.dev(), one.ino()) == (other.dev(), other.ino())
+fn is_same(one: &Statx, other: &Statx) -> bool {
+    let identity = |file: &Statx| (file.stx_dev_major, file.stx_dev_minor, file.stx_ino);
+    identity(one) == identity(other)
 }
 
 /// The bytes that a line of fdinfo says are locked, if it is about a lock:

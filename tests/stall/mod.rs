@@ -1,8 +1,8 @@
 //! A file whose reads can be made to wait: what a disk that hangs does to those who use it.
 //!
 //! It is a FUSE file system of one file that is only read. While the gate is closed reads are taken
-//! and not answered, all others are; when it opens, those that wait are answered. Not here: errors
-//! and power cuts (`powercut/recorder.rs`).
+//! and not answered, all others are; when it opens, those that wait are answered. Questions for its
+//! attributes can be made to wait, too. Not here: errors and power cuts (`powercut/recorder.rs`).
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -38,6 +38,10 @@ struct State {
     waits: Option<fn(u64) -> bool>,
     /// The reads that wait: offset, length, and where the answer goes.
     waiting: VecDeque<(u64, u64, ReplyData)>,
+    /// Whether questions for attributes wait.
+    attributes_wait: bool,
+    /// Those that do: inode, and where the answer goes.
+    asked: Vec<(u64, ReplyAttr)>,
 }
 
 impl State {
@@ -92,6 +96,11 @@ impl Filesystem for Server {
     }
 
     fn getattr(&mut self, _: &Request<'_>, inode: u64, _: Option<u64>, reply: ReplyAttr) {
+        let mut state = self.0.lock().expect("state");
+        if state.attributes_wait {
+            return state.asked.push((inode, reply));
+        }
+        drop(state);
         reply.attr(&NO_TIME, &self.attributes(inode));
     }
 
@@ -134,7 +143,9 @@ impl Stall {
     /// Mounts a file of `len` bytes, with the gate open. `None`, said loudly, without the right to
     /// mount.
     pub fn mount(len: u64) -> Option<Self> {
-        let state = Arc::new(Mutex::new(State { len, waits: None, waiting: VecDeque::new() }));
+        let (waiting, asked) = (VecDeque::new(), Vec::new());
+        let state = State { len, waits: None, waiting, attributes_wait: false, asked };
+        let state = Arc::new(Mutex::new(state));
         let dir = tempfile::tempdir().expect("a folder");
         let options = [MountOption::FSName("stall".into()), MountOption::RO];
         match spawn_mount2(Server(Arc::clone(&state)), dir.path(), &options) {
@@ -160,6 +171,12 @@ impl Stall {
         Closed(self)
     }
 
+    /// The same for questions about the file: a server that answers nothing at all.
+    pub fn close_for_questions(&self) -> Closed<'_> {
+        self.state.lock().expect("state").attributes_wait = true;
+        Closed(self)
+    }
+
     /// How many reads wait.
     pub fn waiting(&self) -> usize {
         self.state.lock().expect("state").waiting.len()
@@ -171,6 +188,13 @@ impl Stall {
         state.waits = None;
         while let Some((offset, len, reply)) = state.waiting.pop_front() {
             state.answer(offset, len, reply);
+        }
+        state.attributes_wait = false;
+        let asked = std::mem::take(&mut state.asked);
+        drop(state);
+        let server = Server(Arc::clone(&self.state));
+        for (inode, reply) in asked {
+            reply.attr(&NO_TIME, &server.attributes(inode));
         }
     }
 }
