@@ -469,6 +469,35 @@ fn the_folder_must_be_one() {
     }
 }
 
+/// A file that another one names is never opened as if a person had named it.
+#[test]
+fn the_files_of_a_chain_are_not_opened_without_the_rules() {
+    let test = "the_files_of_a_chain_are_not_opened_without_the_rules";
+    let lab = Lab::new();
+    lab.disk("images/middle.add-cow", "base.raw", None);
+    lab.disk("images/top.add-cow", "disk.raw", Some(("middle.add-cow", "add-cow")));
+    if !have("strace", test) {
+        return;
+    }
+    let trace = ["-f", "-qq", "-o", "trace", "-e", "trace=open,openat,openat2", "addcow"];
+    for verb in [&["info", "--backing-chain"][..], &["info"], &["map"], &["check"]] {
+        let args = [&trace, verb, &["images/top.add-cow"], &FOLDER].concat();
+        let output = lab.run("strace", &args);
+        if String::from_utf8_lossy(&output.stderr).contains("ptrace") {
+            return skipped(&format!("{test}: no ptrace"));
+        }
+        assert!(output.status.success(), "{output:?}");
+        let seen = fs::read_to_string(lab.path("trace")).expect("a trace");
+        let opened = |name: &str| -> Vec<bool> {
+            let lines = seen.lines().filter(|line| line.contains(name));
+            lines.map(|line| line.contains("openat2(")).collect()
+        };
+        assert!(opened("top.add-cow").contains(&false), "{seen}");
+        let middle = opened("middle.add-cow");
+        assert!(!middle.is_empty() && !middle.contains(&false), "{verb:?}: {seen}");
+    }
+}
+
 /// A kernel before Linux 5.6 has no openat2.
 #[test]
 fn an_old_kernel_refuses_a_folder_and_serves_without_one() {

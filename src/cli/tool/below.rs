@@ -13,7 +13,7 @@ use crate::image::map::bytes_below;
 use crate::units::SECTOR_SIZE;
 
 /// What a disk needs of its backing files.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Below {
     /// Bytes of the disk that only a file below it has; `None` if that cannot be found out.
     pub left_to_stream: Option<u64>,
@@ -22,20 +22,20 @@ pub struct Below {
 }
 
 impl Below {
-    /// Finds out for the add-cow disk `path`, whose files are opened with `options`.
+    /// Finds out for the add-cow disk `path`, which a person has named, and whose files are opened
+    /// with `options`.
     pub fn of(path: &Path, options: ChainOptions) -> Self {
-        let mut below = Self::default();
         match OpenChain::open(path, DiskFormat::AddCow, options) {
-            Err(error) => below.notes.push(causes(&error)),
-            Ok(chain) => {
-                below.notes.extend(note_about_length(&chain));
-                match bytes_below(&chain) {
-                    Err(error) => below.notes.push(causes(&error)),
-                    Ok(bytes) => below.left_to_stream = Some(bytes),
-                }
-            }
+            Err(error) => Self { left_to_stream: None, notes: vec![causes(&error)] },
+            Ok(chain) => Self::of_open(&chain),
         }
-        below
+    }
+
+    /// Finds out for the add-cow disk at the top of a chain that is open.
+    pub fn of_open(chain: &OpenChain) -> Self {
+        let mut notes: Vec<String> = note_about_length(chain).into_iter().collect();
+        let left_to_stream = bytes_below(chain).map_err(|error| notes.push(causes(&error))).ok();
+        Self { left_to_stream, notes }
     }
 }
 

@@ -145,15 +145,7 @@ struct Qcow2Info {
 
 /// Shows a disk.
 pub fn run(arguments: &Arguments) -> Outcome {
-    let (path, format) = (&arguments.disk.disk, arguments.disk.format);
-    let options = ChainOptions { locking: arguments.disk.locking(), ..ChainOptions::BUFFERED };
-    let chain = if arguments.backing_chain {
-        OpenChain::open(path, format, options)?
-    } else {
-        OpenChain::open_top(path, format, options)?
-    };
-    let infos = chain.layers().iter().map(|layer| info(layer, options));
-    let mut infos = infos.collect::<Result<Vec<_>, _>>()?;
+    let mut infos = infos(arguments)?;
     if let Some(top) = infos.first_mut() {
         // What a guest sees: an image's last part of a sector is not on the disk.
         top.virtual_size -= top.virtual_size % SECTOR_SIZE;
@@ -176,15 +168,35 @@ pub fn run(arguments: &Arguments) -> Outcome {
     Ok(0)
 }
 
-/// The facts about a layer. If that needs the files below it, they are opened with `options`.
-fn info(layer: &Layer, options: ChainOptions) -> Result<Info, OpenError> {
+/// The facts about each layer that is to be shown.
+fn infos(arguments: &Arguments) -> Result<Vec<Info>, OpenError> {
+    let (path, format) = (&arguments.disk.disk, arguments.disk.format);
+    let options = ChainOptions { locking: arguments.disk.locking(), ..ChainOptions::BUFFERED };
+    if !arguments.backing_chain {
+        let chain = OpenChain::open_top(path, format, options)?;
+        let layers = chain.layers().iter();
+        return layers.map(|layer| info(layer, || Below::of(path, options))).collect();
+    }
+    // Nothing is opened a second time: a person has named the first layer only.
+    let mut infos = Vec::new();
+    let mut rest = Some(OpenChain::open(path, format, options)?);
+    while let Some(chain) = rest {
+        if let Some(layer) = chain.layers().first() {
+            infos.push(info(layer, || Below::of_open(&chain))?);
+        }
+        rest = chain.without_top();
+    }
+    Ok(infos)
+}
+
+/// The facts about a layer; `below` finds out what an add-cow disk needs of those below it.
+fn info(layer: &Layer, below: impl FnOnce() -> Below) -> Result<Info, OpenError> {
     let (cluster_size, backing, format_specific) = match layer.details() {
         LayerDetails::Raw => (None, None, None),
         LayerDetails::AddCow { header, geometry, allocated } => {
             let backing = header.backing.as_ref();
             let backing = backing.map(|file| (file.name.as_ref(), Some(file.format.as_str())));
-            let below = Below::of(layer.path(), options);
-            let data = add_cow_info(layer, header, geometry, *allocated, below)?;
+            let data = add_cow_info(layer, header, geometry, *allocated, below())?;
             let size = header.cluster_size;
             (Some(size.bytes()), backing, Some(FormatSpecific::AddCow(data)))
         }

@@ -110,6 +110,13 @@ impl OpenChain {
         &self.layers
     }
 
+    /// What is below layer 0, if there is anything.
+    #[must_use]
+    pub fn without_top(mut self) -> Option<Self> {
+        let layers = self.layers.split_off(self.layers.len().min(1));
+        (!layers.is_empty()).then_some(Self { layers })
+    }
+
     /// Does `work` on the thread that reads the chain's tables, if it has one, and waits for it.
     ///
     /// # Errors
