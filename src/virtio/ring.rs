@@ -141,10 +141,10 @@ impl SplitRing {
     /// Notes requests in flight in `inflight` from now on, and takes those once more that it holds.
     /// Returns how many.
     ///
-    /// The front end does not know what a process that died had taken, nor what has been done since
-    /// it last asked: it may start the ring where the used ring ends (QEMU) or where the available
-    /// ring does (cloud-hypervisor). So the used ring alone says where it stands: what was in flight
-    /// lies behind that in the available ring, then what was never taken.
+    /// The front end does not know what a process that died had taken, nor what it had done: it may
+    /// start the ring where the used ring ends (QEMU) or where the available ring does
+    /// (cloud-hypervisor). So the used ring alone says where it stands: what was in flight lies
+    /// behind that in the available ring, then what was never taken.
     pub fn track(&mut self, mut inflight: InflightQueue) -> usize {
         let used_index = self.used.load_u16(2, Ordering::Acquire);
         let heads = inflight.recover(used_index);
