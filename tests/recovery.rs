@@ -29,6 +29,9 @@ use vhost::vhost_user::message::VhostUserConfigFlags;
 /// How many times the daemons of a test are killed.
 const KILLS: u64 = 60;
 
+/// What is said of a region that is older than the disk.
+const CHANGED: &str = "the disk was changed without it";
+
 /// A guest on `disk` that survives its daemons.
 fn recoverable(disk: &Disk, options: &[&str], setup: Setup) -> (Daemon, Guest) {
     let mut daemon = disk.serve(options);
@@ -305,30 +308,26 @@ fn tool(disk: &Disk, line: &str) {
 
 #[test]
 fn a_region_is_refused_once_a_verb_has_changed_the_disk() {
-    let changed = "the disk was changed without it";
-    is_refused(changed, |disk, _| tool(disk, "reset disk.add-cow"));
-    is_refused(changed, |disk, _| tool(disk, "rebase -u -b base.img -F raw disk.add-cow"));
-    is_refused(changed, |disk, _| tool(disk, "commit disk.add-cow"));
+    is_refused(CHANGED, |disk, _| tool(disk, "reset disk.add-cow"));
+    is_refused(CHANGED, |disk, _| tool(disk, "rebase -u -b base.img -F raw disk.add-cow"));
+    is_refused(CHANGED, |disk, _| tool(disk, "commit disk.add-cow"));
     let verbs = ["resize disk.add-cow +64k", "resize --shrink disk.add-cow -64k"];
-    is_refused(changed, |disk, _| verbs.iter().for_each(|line| tool(disk, line)));
+    is_refused(CHANGED, |disk, _| verbs.iter().for_each(|line| tool(disk, line)));
 }
 
 #[test]
 fn a_region_is_refused_once_another_guest_has_used_the_disk() {
-    is_refused("the disk was changed without it", |disk, _| {
+    is_refused(CHANGED, |disk, _| {
         let (daemon, stream) = disk.serve_after_kill(&[]);
         drop(Guest::start(stream, Setup::default()));
         daemon.stop();
     });
-    is_refused("the disk was changed without it", |disk, _| {
+    is_refused(CHANGED, |disk, _| {
         let (daemon, stream) = disk.serve_after_kill(&[]);
         drop(Guest::start_recoverable(stream, Setup::default()));
         daemon.stop();
     });
 }
-
-/// What is said of a region that is older than the disk.
-const CHANGED: &str = "the disk was changed without it";
 
 #[test]
 fn a_region_is_refused_once_the_same_daemon_has_served_another_guest() {

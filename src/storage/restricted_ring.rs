@@ -3,7 +3,8 @@
 //! io_uring passes by filters of system calls. So a ring is made disabled, told once what it may be
 //! asked for, and then enabled: what is not on the list is answered with EACCES, whoever asks.
 //!
-//! Not here: what is asked for, and how (`uring`, which has each operation of the list).
+//! Not here: what is asked for, and how (`uring` and `vhost_user::bell`, which have each operation
+//! of the lists).
 #![cfg_attr(
     test,
     expect(unsafe_code, reason = "tests push entries that must be refused; they name no memory")

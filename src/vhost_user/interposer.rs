@@ -6,8 +6,10 @@
 //! one by one, because the kernel would glue bytes of the next message to them otherwise.
 //!
 //! Most messages are not understood here. GET_INFLIGHT_FD and SET_INFLIGHT_FD are answered and not
-//! passed on: the framework ends the connection over them. A queue size that is not a power of two
-//! ends the connection, where the framework would go on with another size than the driver's.
+//! passed on: the framework ends the connection over them. The device hears of rings that start and
+//! stop (SET_VRING_KICK, GET_VRING_BASE) before the other side does. A queue size that is not a
+//! power of two ends the connection, where the framework would go on with another size than the
+//! driver's.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};

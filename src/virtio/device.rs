@@ -74,7 +74,7 @@ impl DeviceState {
         self.writeback.load(Ordering::Relaxed)
     }
 
-    /// Makes the device what it was for this driver before.
+    /// Makes the device a write-back cache, or one that writes through.
     pub fn set_writeback(&self, writeback: bool) {
         self.writeback.store(writeback, Ordering::Relaxed);
     }
