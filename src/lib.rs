@@ -4,6 +4,7 @@
 pub mod cli;
 pub mod executor;
 pub mod format;
+mod helper;
 pub mod image;
 pub mod jobs;
 pub mod log_limit;

@@ -23,6 +23,7 @@ use crate::sandbox::Sandbox;
 use crate::sandbox::broker::SocketIdentity;
 use crate::sandbox::profile::Profile;
 use crate::sandbox::rights::raise_pinned_memory;
+use crate::storage::fault_guard;
 use crate::storage::host_file::CacheMode;
 use crate::storage::lock::Locking;
 use crate::vhost_user::backend::MAX_QUEUES;
@@ -231,9 +232,7 @@ fn serve_on(
     };
     let export = Export::new(image, config, writeback, tuning, stop.clone())?;
     let export = export.in_sandbox(sandbox.clone());
-    confine(sandbox, signals, &export, arguments)?;
-    stop_on_signals(signals, stop, sandbox.clone())
-        .map_err(failed("cannot start the thread for signals"))?;
+    confine(sandbox, signals, stop, &export, arguments)?;
     if !arguments.no_mapping {
         // With the rights that the queues have, or the host would show more than it shows them.
         export.image().map_files();
@@ -267,8 +266,15 @@ fn open_image(arguments: &Arguments) -> Result<OpenImage, crate::image::OpenErro
     }
 }
 
-/// Gives up what serving does not need.
-fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Arguments) -> Outcome {
+/// Gives up what serving does not need, and starts the thread for signals: the last one that the
+/// main thread may start.
+fn confine(
+    sandbox: &Sandbox,
+    signals: SigSet,
+    stop: StopHandle,
+    export: &Export,
+    arguments: &Arguments,
+) -> Outcome {
     if arguments.no_sandbox {
         log::warn!(
             "NO SANDBOX: a guest that breaks into this process can do whatever its user can"
@@ -280,6 +286,7 @@ fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Argu
         std::panic::set_hook(Box::new(|panic| log::error!("internal error: {panic}")));
     }
     const ENTER: &str = "cannot enter the sandbox";
+    fault_guard::prepare().map_err(failed(ENTER))?;
     for missing in sandbox.confine().map_err(failed(ENTER))? {
         log::warn!("sandbox: {missing}");
     }
@@ -289,6 +296,9 @@ fn confine(sandbox: &Sandbox, signals: SigSet, export: &Export, arguments: &Argu
         late.enter_late(Profile::Tables)
     };
     export.image().on_tables_thread(enter).map_err(failed(ENTER))?;
+    stop_on_signals(signals, stop, sandbox.clone())
+        .map_err(failed("cannot start the thread for signals"))?;
+    sandbox.enter(Profile::Main).map_err(failed(ENTER))?;
     Ok(0)
 }
 

@@ -3,10 +3,16 @@
 //! ```text
 //!   start        fork the broker, while there is nothing to inherit
 //!   (the disk is opened, the socket bound)
-//!   confine      main thread: no capabilities, no new privileges, no paths (Landlock), and
-//!                the system calls of Profile::Main; all threads from here on inherit that
-//!   enter        each thread, first of all: the system calls of its own profile
+//!   confine      main thread: no capabilities, no new privileges, no paths (Landlock); all threads
+//!                from here on inherit that. Starts the spawners
+//!   enter        each thread, first of all: the system calls of its own profile; the main thread
+//!                once it has started what it starts itself
+//!   on_spawner   what starts threads afterwards
 //! ```
+//!
+//! A thread is born with the system calls of the one that starts it. So whoever starts threads may
+//! do all that these may, besides what starting one takes. The threads that work on bytes from
+//! outside start none: they ask a spawner, a thread that does nothing else and sees no such byte.
 //!
 //! On a kernel that lacks a piece the rest is done, and the caller hears what is missing. The
 //! rings of io_uring, which pass by any filter of system calls, are restricted where they are made
@@ -29,6 +35,8 @@ use broker::{Broker, SocketIdentity};
 use filter::Filters;
 use profile::Profile;
 use rights::Landlock;
+
+use crate::helper::Helper;
 
 /// A piece of the sandbox that the host does not have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -58,9 +66,42 @@ struct Shared {
     confined: bool,
     /// Makes sockets for us; without it we do that ourselves.
     broker: Option<Broker>,
-    /// The filters by profile, in the order of [`Profile::ALL`], once the main thread is confined
-    /// and has seen that the host knows filters.
-    filters: OnceLock<Vec<Filters>>,
+    /// Filters and spawners, once it has been seen that the host knows filters.
+    confinement: OnceLock<Confinement>,
+}
+
+/// What confined threads need.
+#[derive(Debug)]
+struct Confinement {
+    /// The filters by profile, in the order of [`Profile::ALL`].
+    filters: Arc<[Filters]>,
+    /// Who starts threads, by what these are.
+    spawners: Vec<(Profile, Helper)>,
+}
+
+impl Confinement {
+    /// Makes all filters, and starts the spawners, each of which enters its profile.
+    fn new() -> io::Result<Self> {
+        let filters: Arc<[Filters]> =
+            Profile::ALL.map(Filters::new).into_iter().collect::<io::Result<_>>()?;
+        let mut spawners = Vec::new();
+        for profile in Profile::ALL {
+            if let Some(child) = profile.child() {
+                let spawner = Helper::start(profile.name())?;
+                let filters = Arc::clone(&filters);
+                spawner.run_blocking(move || install(&filters, profile))??;
+                spawners.push((child, spawner));
+            }
+        }
+        Ok(Self { filters, spawners })
+    }
+}
+
+/// Installs the filters of a profile, one of `filters`.
+fn install(filters: &[Filters], profile: Profile) -> io::Result<()> {
+    let index = Profile::ALL.iter().position(|other| *other == profile);
+    let filter = index.and_then(|index| filters.get(index));
+    filter.map_or_else(|| Err(io::ErrorKind::NotFound.into()), Filters::install)
 }
 
 impl Sandbox {
@@ -84,7 +125,7 @@ impl Sandbox {
 
     /// A sandbox with that broker.
     fn new(confined: bool, broker: Option<Broker>) -> Self {
-        Self { shared: Arc::new(Shared { confined, broker, filters: OnceLock::new() }) }
+        Self { shared: Arc::new(Shared { confined, broker, confinement: OnceLock::new() }) }
     }
 
     /// Whether rights are given up.
@@ -93,7 +134,8 @@ impl Sandbox {
         self.shared.confined
     }
 
-    /// Gives up what the main thread and all threads that it starts from here on do not need.
+    /// Gives up what neither the main thread nor any thread that is started from here on needs, and
+    /// starts the spawners. The main thread's system calls remain until it enters its profile.
     /// Returns what the host could not take. Without confinement it does nothing.
     ///
     /// # Errors
@@ -114,8 +156,8 @@ impl Sandbox {
             Landlock::Partial => missing.push(Missing::NewLandlock),
             Landlock::Missing => missing.push(Missing::Landlock),
         }
-        match self.install_first() {
-            Ok(filters) => drop(self.shared.filters.set(filters)),
+        match Confinement::new() {
+            Ok(confinement) => drop(self.shared.confinement.set(confinement)),
             Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                 missing.push(Missing::Seccomp);
             }
@@ -124,30 +166,16 @@ impl Sandbox {
         Ok(missing)
     }
 
-    /// Makes all filters, and installs that of the main thread.
-    fn install_first(&self) -> io::Result<Vec<Filters>> {
-        let filters = Profile::ALL.map(Filters::new).into_iter().collect::<io::Result<Vec<_>>>()?;
-        for (filter, profile) in filters.iter().zip(Profile::ALL) {
-            if profile == Profile::Main {
-                filter.install()?;
-            }
-        }
-        Ok(filters)
-    }
-
-    /// Gives up what the calling thread does not need. Does nothing where the main thread has no
-    /// filter either.
+    /// Gives up what the calling thread does not need. Does nothing where the host has no filters.
     ///
     /// # Errors
     /// What the host said: the thread must not go on.
     pub fn enter(&self, profile: Profile) -> io::Result<()> {
-        let Some(filters) = self.shared.filters.get() else { return Ok(()) };
-        let index = Profile::ALL.iter().position(|other| *other == profile);
-        let filter = index.and_then(|index| filters.get(index));
-        filter.map_or_else(|| Err(io::ErrorKind::NotFound.into()), Filters::install)
+        let confinement = self.shared.confinement.get();
+        confinement.map_or(Ok(()), |confinement| install(&confinement.filters, profile))
     }
 
-    /// The same for a thread that was started before the main thread was confined.
+    /// The same for a thread that was started before [`Sandbox::confine`].
     ///
     /// # Errors
     /// What the host said: the thread must not go on.
@@ -157,6 +185,25 @@ impl Sandbox {
             rights::give_up_paths(None)?;
         }
         self.enter(profile)
+    }
+
+    /// Does `work`, which starts threads that will enter the profile `child`, and waits for it: on
+    /// their spawner, or here if there is none.
+    ///
+    /// # Errors
+    /// That `work` has panicked on the spawner.
+    pub fn on_spawner<T: Send + 'static>(
+        &self,
+        child: Profile,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> io::Result<T> {
+        let spawners = self.shared.confinement.get().map(|confinement| &confinement.spawners);
+        let spawner =
+            spawners.and_then(|spawners| spawners.iter().find(|(theirs, _)| *theirs == child));
+        match spawner {
+            Some((_, spawner)) => spawner.run_blocking(work),
+            None => Ok(work()),
+        }
     }
 
     /// A new listener of our own, and a connection to it that waits to be accepted.

@@ -1,20 +1,25 @@
 //! What each kind of thread may ask of the kernel: the tables, and nothing else.
 //!
 //! A rule names a system call and perhaps values that some of its arguments must have. What is not
-//! in a thread's table ends the process. `tests/sandbox.rs` holds both sides of it: every rule
+//! in a thread's table ends the process, save for a few calls that are answered as if the kernel
+//! did not have them. `tests/sandbox.rs` holds both sides of it: every rule
 //! here is needed by that kind of thread, and everything that it does is here.
 //!
 //! A thread is born with the rules of the one that starts it, and gives up what it does not need as
-//! the first thing that it does. So the main thread, which starts all others, has the rules of all
-//! of them besides its own.
+//! the first thing that it does. So a spawner has the rules of the threads that it starts besides
+//! its own.
 //!
 //! Not here: how a table becomes a filter (`filter`).
 
 /// A kind of thread, by what it may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Profile {
-    /// The main thread: accepts, passes messages on, starts the threads of each connection.
+    /// The main thread: accepts, passes messages on, flushes.
     Main,
+    /// Starts the queues' threads, and does nothing else.
+    QueueSpawner,
+    /// Starts the control thread of each connection, and does nothing else.
+    ControlSpawner,
     /// The framework's thread of a connection, which handles its messages.
     Control,
     /// A queue's thread.
@@ -29,17 +34,34 @@ pub enum Profile {
 
 impl Profile {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Main, Self::Control, Self::Queue, Self::Tables, Self::Signals, Self::Broker];
+    pub const ALL: [Self; 8] = [
+        Self::Main,
+        Self::QueueSpawner,
+        Self::ControlSpawner,
+        Self::Control,
+        Self::Queue,
+        Self::Tables,
+        Self::Signals,
+        Self::Broker,
+    ];
 
-    /// The kinds of threads that the main thread starts.
-    const CHILDREN: [Self; 4] = [Self::Control, Self::Queue, Self::Tables, Self::Signals];
+    /// What the threads are that it starts; `None` if it starts none.
+    #[must_use]
+    pub fn child(self) -> Option<Self> {
+        match self {
+            Self::QueueSpawner => Some(Self::Queue),
+            Self::ControlSpawner => Some(Self::Control),
+            _ => None,
+        }
+    }
 
-    /// Its name: one word.
+    /// Its name: one word, at most 15 bytes, as for threads.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Main => "main",
+            Self::QueueSpawner => "queue-spawner",
+            Self::ControlSpawner => "control-spawner",
             Self::Control => "control",
             Self::Queue => "queue",
             Self::Tables => "tables",
@@ -53,6 +75,8 @@ impl Profile {
     pub fn own_rules(self) -> &'static [Rule] {
         match self {
             Self::Main => MAIN,
+            Self::QueueSpawner => QUEUE_SPAWNER,
+            Self::ControlSpawner => CONTROL_SPAWNER,
             Self::Control => CONTROL,
             Self::Queue => QUEUE,
             Self::Tables => TABLES,
@@ -61,11 +85,23 @@ impl Profile {
         }
     }
 
-    /// What it may do: for the main thread also what those need whom it starts.
+    /// What it is told that this kernel does not have (ENOSYS), for a spawner also what those are
+    /// told whom it starts.
+    #[must_use]
+    pub fn absent_calls(self) -> Vec<Rule> {
+        let of = |profile| match profile {
+            Self::QueueSpawner | Self::ControlSpawner => ABSENT_FOR_SPAWNERS,
+            Self::Main | Self::Queue | Self::Tables => ABSENT_FOR_LISTS,
+            Self::Control | Self::Signals | Self::Broker => &[],
+        };
+        let inherited = self.child().map_or(&[][..], of);
+        of(self).iter().chain(inherited).copied().collect()
+    }
+
+    /// What it may do: for a spawner also what those need whom it starts.
     #[must_use]
     pub fn rules(self) -> Vec<Rule> {
-        let children: &[Self] = if self == Self::Main { &Self::CHILDREN } else { &[] };
-        let inherited = children.iter().flat_map(|child| child.own_rules());
+        let inherited = self.child().map_or(&[][..], Self::own_rules);
         self.own_rules().iter().chain(inherited).copied().collect()
     }
 }
@@ -121,10 +157,7 @@ pub const RARE: &[Rare] = &[
     rare(Profile::Control, "clock_gettime", "the kernel's clock cannot be read without a call"),
     rare(Profile::Queue, "madvise", "glibc was told to ask for huge pages"),
     rare(Profile::Control, "madvise", "glibc was told to ask for huge pages"),
-    rare(Profile::Queue, "sched_yield", "two threads are at the same place of a channel"),
-    rare(Profile::Tables, "sched_yield", "two threads are at the same place of a channel"),
-    rare(Profile::Queue, "mremap", "a list grows past the size for which memory is mapped alone"),
-    rare(Profile::Tables, "mremap", "a list grows past the size for which memory is mapped alone"),
+    rare(Profile::Queue, "sched_yield", "a flush meets a write that is about to mark its clusters"),
     rare(Profile::Tables, "mmap", "a large compressed cluster is inflated"),
     #[cfg(debug_assertions)]
     rare(Profile::Queue, "fcntl", "a queue is the last to use a descriptor of the front end's"),
@@ -140,8 +173,18 @@ pub const RARE: &[Rare] = &[
     rare(Profile::Control, "brk", "the memory of the process is used up"),
     rare(Profile::Queue, "brk", "the memory of the process is used up"),
     rare(Profile::Tables, "brk", "the memory of the process is used up"),
-    rare(Profile::Main, "madvise", "a C library of 2025 guards the stacks of threads with it"),
+    rare(Profile::Main, "clock_gettime", "the kernel's clock cannot be read without a call"),
+    rare(Profile::Main, "madvise", "glibc was told to ask for huge pages"),
+    rare(Profile::Main, "shutdown", "another process connects to the private socket"),
     rare(Profile::Main, "brk", "the memory of the process is used up"),
+    rare(Profile::QueueSpawner, "madvise", "a C library of 2025 guards stacks of threads with it"),
+    rare(
+        Profile::ControlSpawner,
+        "madvise",
+        "a C library of 2025 guards stacks of threads with it",
+    ),
+    rare(Profile::QueueSpawner, "brk", "the memory of the process is used up"),
+    rare(Profile::ControlSpawner, "brk", "the memory of the process is used up"),
 ];
 
 /// A rare rule.
@@ -216,9 +259,6 @@ const MADV_GUARD_INSTALL: u32 = 102;
 /// Makes them usable again.
 const MADV_GUARD_REMOVE: u32 = 103;
 
-/// The signal that glibc takes for itself when the first thread is started.
-const SIGSETXID: u32 = 33;
-
 /// `SECCOMP_SET_MODE_FILTER`: one more filter, which can only take rights away.
 const SECCOMP_FILTER: u32 = 1;
 
@@ -234,7 +274,19 @@ const EPOLL_WAIT: Rule = call!(epoll_pwait: SYS_epoll_pwait);
 #[cfg(debug_assertions)]
 const CLOSE_CHECK: Rule = call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_GETFD));
 
-/// The main thread, for itself.
+/// What starting a thread asks for and can do without, as on older kernels. The flags of clone3 are
+/// in memory, where no filter sees them: the C library takes clone then. A list of robust mutexes
+/// is for who has some. Which processors a thread may use is asked beside where its stack is.
+const ABSENT_FOR_SPAWNERS: &[Rule] = &[
+    call!(clone3: SYS_clone3),
+    call!(set_robust_list: SYS_set_robust_list),
+    call!(sched_getaffinity: SYS_sched_getaffinity),
+];
+
+/// What growing a long list asks for: memory of its own that is moved. The C library copies then.
+const ABSENT_FOR_LISTS: &[Rule] = &[call!(mremap: SYS_mremap)];
+
+/// The main thread.
 const MAIN: &[Rule] = &[
     // Front ends.
     call!(accept4: SYS_accept4),
@@ -242,10 +294,10 @@ const MAIN: &[Rule] = &[
     call!(recvmsg: SYS_recvmsg),
     call!(sendmsg: SYS_sendmsg),
     call!(ioctl: SYS_ioctl, 1 & ALL => FIONBIO),
+    call!(shutdown: SYS_shutdown),
     call!(close: SYS_close),
     call!(write: SYS_write),
     // What a connection consists of.
-    call!(epoll_create1: SYS_epoll_create1),
     call!(epoll_ctl: SYS_epoll_ctl),
     call!(eventfd2: SYS_eventfd2),
     call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_DUPFD_CLOEXEC)),
@@ -268,29 +320,55 @@ const MAIN: &[Rule] = &[
     // Its mappings.
     call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_GETFL)),
     call!(mincore: SYS_mincore),
-    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => bits(libc::SIGBUS)),
-    // Memory.
+    // Memory, other threads, and the end.
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
-    call!(mprotect: SYS_mprotect, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
-    // Starting threads, and what these do before they have a profile of their own.
-    call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_INSTALL),
-    call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_REMOVE),
-    call!(clone: SYS_clone, 0 & (ALL ^ bits(libc::CLONE_DETACHED)) => THREAD_FLAGS),
-    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => SIGSETXID),
-    call!(rt_sigprocmask: SYS_rt_sigprocmask),
+    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
     call!(futex: SYS_futex),
-    call!(rseq: SYS_rseq),
-    call!(set_robust_list: SYS_set_robust_list),
+    call!(clock_gettime: SYS_clock_gettime),
     call!(sigaltstack: SYS_sigaltstack),
-    call!(sched_getaffinity: SYS_sched_getaffinity),
-    call!(gettid: SYS_gettid),
-    call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
-    call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NO_NEW_PRIVS)),
-    call!(seccomp: SYS_seccomp, 0 & ALL => SECCOMP_FILTER),
-    // The end.
     call!(exit_group: SYS_exit_group),
+];
+
+/// What it takes to start a thread, and what that thread does before it has a profile of its own.
+macro_rules! spawner {
+    ($($rule:expr),* $(,)?) => {
+        &[
+            call!(futex: SYS_futex),
+            call!(brk: SYS_brk),
+            call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+            call!(mprotect: SYS_mprotect, 2 & EXECUTABLE => 0),
+            call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_INSTALL),
+            call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_REMOVE),
+            call!(clone: SYS_clone, 0 & (ALL ^ bits(libc::CLONE_DETACHED)) => THREAD_FLAGS),
+            call!(rt_sigprocmask: SYS_rt_sigprocmask),
+            call!(rseq: SYS_rseq),
+            call!(sigaltstack: SYS_sigaltstack),
+            call!(gettid: SYS_gettid),
+            call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
+            call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NO_NEW_PRIVS)),
+            call!(seccomp: SYS_seccomp, 0 & ALL => SECCOMP_FILTER),
+            $($rule),*
+        ]
+    };
+}
+
+/// Who starts the queues' threads: it also makes what they wait on.
+const QUEUE_SPAWNER: &[Rule] = spawner![
+    call!(epoll_create1: SYS_epoll_create1),
+    call!(epoll_ctl: SYS_epoll_ctl),
+    call!(eventfd2: SYS_eventfd2),
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_DUPFD_CLOEXEC)),
+];
+
+/// Who starts the control thread: it also accepts our own connection to it.
+const CONTROL_SPAWNER: &[Rule] = spawner![
+    call!(accept4: SYS_accept4),
+    call!(fcntl: SYS_fcntl, 1 & ALL => bits(libc::F_DUPFD_CLOEXEC)),
+    call!(close: SYS_close),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
 ];
 
 /// The framework's thread of a connection.
@@ -310,7 +388,6 @@ const CONTROL: &[Rule] = &[
     // Guest memory, and its pages that go missing (storage/fault_guard.rs).
     call!(fstat: SYS_fstat),
     call!(fstatfs: SYS_fstatfs),
-    call!(rt_sigaction: SYS_rt_sigaction, 0 & ALL => bits(libc::SIGBUS)),
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
@@ -338,14 +415,12 @@ const QUEUE: &[Rule] = &[
     call!(io_uring_register: SYS_io_uring_register, 1 & ALL => register::FILES2),
     call!(read: SYS_read),
     call!(write: SYS_write),
-    call!(fdatasync: SYS_fdatasync),
     call!(close: SYS_close),
     #[cfg(debug_assertions)]
     CLOSE_CHECK,
     call!(getrandom: SYS_getrandom),
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
-    call!(mremap: SYS_mremap),
     call!(munmap: SYS_munmap),
     call!(mincore: SYS_mincore),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
@@ -365,13 +440,11 @@ const QUEUE: &[Rule] = &[
 /// The thread that reads the tables of qcow2 files.
 const TABLES: &[Rule] = &[
     call!(futex: SYS_futex),
-    call!(sched_yield: SYS_sched_yield),
     call!(preadv: SYS_preadv),
     call!(write: SYS_write),
     call!(getrandom: SYS_getrandom),
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
-    call!(mremap: SYS_mremap),
     call!(munmap: SYS_munmap),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),

@@ -96,6 +96,15 @@ static PREVIOUS: Previous = Previous(UnsafeCell::new(MaybeUninit::uninit()));
 /// Whether the handler could be installed; the errno if not.
 static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
 
+/// Sets the handler of SIGBUS now, for a process that may not do that any more when the first range
+/// is registered.
+///
+/// # Errors
+/// What the host said.
+pub fn prepare() -> io::Result<()> {
+    INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)
+}
+
 /// The registration of a range of addresses. Must be dropped before the range is unmapped, or
 /// something else could come to lie there.
 #[derive(Debug)]
@@ -124,7 +133,7 @@ impl FaultGuard {
 
     /// Registers a range.
     fn register(range: Range<usize>, page_size: usize, is_memory: bool) -> io::Result<Self> {
-        INSTALLED.get_or_init(install).map_err(io::Error::from_raw_os_error)?;
+        prepare()?;
         let reserve = |slot: &Slot| {
             let order = Ordering::Acquire;
             slot.start.compare_exchange(FREE, RESERVED, order, Ordering::Relaxed).is_ok()

@@ -28,6 +28,7 @@ use crate::image::ImageError;
 use crate::image::open::OpenImage;
 use crate::log_limit::LogLimit;
 use crate::sandbox::Sandbox;
+use crate::sandbox::profile::Profile;
 use crate::storage::file::FileStorage;
 use crate::virtio::config::DeviceConfig;
 use crate::virtio::device::DeviceState;
@@ -244,27 +245,23 @@ impl Export {
         let backend = BlkBackend::new(context, Arc::clone(&self.recovery))
             .map_err(failed("cannot set up the connection"))?;
         let backend = Arc::new(backend.in_sandbox(self.sandbox.clone()));
-        let daemon = VhostUserDaemon::new(CONTROL_THREAD.into(), Arc::clone(&backend), memory);
-        let mut daemon = match daemon {
+        let theirs = Arc::clone(&backend);
+        let make = || VhostUserDaemon::new(CONTROL_THREAD.into(), theirs, memory);
+        let daemon = match self.on_spawner(Profile::Queue, make) {
             Ok(daemon) => daemon,
             Err(error) => {
                 // It has let go of the threads that it had started already, and they run on.
                 backend.abandon();
-                return Err(ExportError::Framework(error.to_string()));
-            }
-        };
-        let entry = new_eventfd().map_err(failed("cannot set up the connection"))?;
-        let connected = self.connect_framework(&mut daemon).and_then(|ours| {
-            self.confine_threads(&daemon, &ours, &entry)?;
-            Ok(ours)
-        });
-        let ours = match connected {
-            Ok(ours) => ours,
-            Err(error) => {
-                log_end(daemon.wait());
                 return Err(error);
             }
         };
+        let entry = new_eventfd().map_err(failed("cannot set up the connection"))?;
+        let (mut daemon, ours) = self.connect_framework(daemon)?;
+        if let Err(error) = self.confine_threads(&daemon, &ours, &entry) {
+            drop(ours);
+            log_end(daemon.wait());
+            return Err(error);
+        }
         let end =
             interposer::pass(front, &ours, self.stop.event.as_fd(), backend.failed(), &*backend);
         // The framework ends with its socket, but not before it has worked off what it got: then
@@ -276,28 +273,43 @@ impl Export {
         end.map_err(failed("cannot pass messages on"))
     }
 
-    /// Starts the framework on a socket of its own and returns our end of it.
-    fn connect_framework(&self, daemon: &mut Framework) -> Result<UnixStream, ExportError> {
+    /// Starts the framework on a socket of its own and returns it, with our end of the socket. If
+    /// it cannot be started, it is gone with all of its threads.
+    fn connect_framework(
+        &self,
+        mut daemon: Framework,
+    ) -> Result<(Framework, UnixStream), ExportError> {
         const ACTION: &str = "cannot set up the connection";
         // The framework takes a connection only from a listener. This one lives for as long as
-        // this call.
+        // the start.
         let (listener, ours) = self.sandbox.pair().map_err(|error| match error.kind() {
             io::ErrorKind::BrokenPipe => ExportError::Broker,
             _ => failed(ACTION)(error),
         })?;
-        let mut listener = Listener::from(listener);
-        daemon.start(&mut listener).map_err(|e| ExportError::Framework(e.to_string()))?;
-        drop(listener);
+        let start = move || daemon.start(&mut Listener::from(listener)).map(|()| daemon);
+        let mut daemon = self.on_spawner(Profile::Control, start)?;
         // If another process was quicker, its connection was accepted and ours went with the
         // listener.
         let mut fds = [PollFd::new(&ours, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
-        if fds[0].revents().is_empty() {
-            Ok(ours)
-        } else {
-            daemon.request_shutdown();
-            Err(ExportError::Framework("another process took the private socket".into()))
+        let stranger = poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
+        if stranger == 0 {
+            return Ok((daemon, ours));
+        }
+        daemon.request_shutdown();
+        log_end(daemon.wait());
+        Err(ExportError::Framework("another process took the private socket".into()))
+    }
+
+    /// Lets the framework do what starts threads of that kind.
+    fn on_spawner<T: Send + 'static>(
+        &self,
+        child: Profile,
+        work: impl FnOnce() -> vhost_user_backend::Result<T> + Send + 'static,
+    ) -> Result<T, ExportError> {
+        match self.sandbox.on_spawner(child, work) {
+            Ok(done) => done.map_err(|error| ExportError::Framework(error.to_string())),
+            Err(error) => Err(ExportError::Framework(error.to_string())),
         }
     }
 

@@ -1,7 +1,7 @@
 //! What strace(1) saw the daemon do, thread by thread, held against the tables of rules.
 //!
-//! A call counts for the profile that the thread has at that moment: none before the main thread
-//! has entered its own, that of the main thread until a thread that it has started enters its own.
+//! A call counts for the profile that the thread has at that moment: its own once it has entered
+//! that, before it that of its spawner, if a spawner has started it, or else none.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -16,9 +16,6 @@ use crate::common::disk::DAEMON;
 /// `SECCOMP_SET_MODE_FILTER`.
 const SET_FILTER: u64 = 1;
 
-/// Filters that the main thread installs.
-const MAIN_FILTERS: usize = 2;
-
 /// The command that traces the daemon into `file`. The daemon is the process that it starts; the
 /// tracer is beside it.
 pub fn command(file: &Path, arguments: &[&str]) -> Command {
@@ -32,25 +29,48 @@ pub fn command(file: &Path, arguments: &[&str]) -> Command {
 /// What one thread is known to be.
 #[derive(Debug, Clone, Copy)]
 struct Thread {
-    /// What it says that it is, or what its parent is.
+    /// What it says that it is.
     kind: Profile,
     /// How many filters it has installed.
     filters: usize,
-    /// Whether the main thread had entered its profile when this one was born.
-    inherits: bool,
 }
 
 impl Thread {
     /// The profile that holds for it now.
     fn profile(&self) -> Option<Profile> {
-        let own = if self.kind == Profile::Main { MAIN_FILTERS } else { 1 };
-        if self.filters >= own {
-            Some(self.kind)
-        } else {
-            // The tables thread is older than the sandbox, and enters it by itself.
-            (self.inherits && self.kind != Profile::Tables).then_some(Profile::Main)
+        if self.filters > usize::from(!self.kind.absent_calls().is_empty()) {
+            return Some(self.kind);
+        }
+        Profile::ALL.into_iter().find(|profile| profile.child() == Some(self.kind))
+    }
+}
+
+/// What the threads are that a trace shows, in the order in which they appear. One that gives
+/// itself no name is the main thread. A number may be used again by a later thread.
+fn kinds(text: &str) -> Vec<Profile> {
+    let mut kinds = Vec::new();
+    let mut alive: BTreeMap<&str, usize> = BTreeMap::new();
+    for (thread, rest) in lines(text) {
+        if rest.starts_with("+++") {
+            alive.remove(thread);
+            continue;
+        }
+        let index = *alive.entry(thread).or_insert_with(|| {
+            kinds.push(Profile::Main);
+            kinds.len() - 1
+        });
+        // Queues give themselves a second name later.
+        if let Some(kind) = kind_of(rest).filter(|_| kinds[index] == Profile::Main) {
+            kinds[index] = kind;
         }
     }
+    kinds
+}
+
+/// The lines of a trace: a thread's number, and what it did.
+fn lines(text: &str) -> impl Iterator<Item = (&str, &str)> {
+    let lines = text.lines().filter_map(|line| line.split_once(' '));
+    lines.map(|(thread, rest)| (thread, rest.trim_start()))
 }
 
 /// What was seen, of several daemons.
@@ -60,6 +80,8 @@ pub struct Seen {
     needed: BTreeSet<(Profile, usize)>,
     /// Calls that no rule of the thread's profile allows, with the profile.
     pub strange: BTreeMap<String, Profile>,
+    /// Calls that were answered as if the kernel did not have them.
+    pub absent: BTreeSet<&'static str>,
     /// How many calls of confined threads were looked at.
     pub calls: u64,
 }
@@ -78,35 +100,30 @@ impl Seen {
             assert!(Instant::now() < end, "the tracer does not end");
             std::thread::sleep(Duration::from_millis(20));
         };
+        let mut kinds = kinds(&text).into_iter();
         let mut threads: BTreeMap<&str, Thread> = BTreeMap::new();
-        let mut confined = false;
-        for line in text.lines() {
-            let Some((thread, rest)) = line.split_once(' ') else { continue };
-            let rest = rest.trim_start();
+        for (thread, rest) in lines(&text) {
             if rest.starts_with("+++") {
                 threads.remove(thread);
                 continue;
             }
-            let kind = Profile::Main;
-            let inherits = confined && !threads.is_empty();
-            let state = threads.entry(thread).or_insert(Thread { kind, filters: 0, inherits });
+            let state = threads.entry(thread).or_insert_with(|| {
+                let kind = kinds.next().expect("as many threads as before");
+                Thread { kind, filters: 0 }
+            });
             if let Some((name, arguments)) = parse(rest) {
-                self.call(state, name, &arguments, rest);
+                self.call(*state, name, &arguments, rest);
                 let is_filter = name == "seccomp" && arguments.first() == Some(&SET_FILTER);
                 state.filters += usize::from(is_filter);
-                confined |= state.kind == Profile::Main && state.filters == MAIN_FILTERS;
             }
         }
     }
 
     /// Notes a call.
-    fn call(&mut self, thread: &mut Thread, name: &str, arguments: &[u64], line: &str) {
-        if let Some(kind) = kind_of(line) {
-            thread.kind = if thread.filters == 0 { kind } else { thread.kind };
-        }
+    fn call(&mut self, thread: Thread, name: &str, arguments: &[u64], line: &str) {
         let Some(profile) = thread.profile() else { return };
-        // Answered with "no such call", so that clone is used.
-        if name == "clone3" && profile == Profile::Main {
+        if let Some(absent) = profile.absent_calls().iter().find(|absent| absent.name == name) {
+            self.absent.insert(absent.name);
             return;
         }
         self.calls += 1;
@@ -132,11 +149,8 @@ fn kind_of(line: &str) -> Option<Profile> {
     let name = line.strip_prefix("prctl(PR_SET_NAME, \"")?.split('"').next()?;
     match name {
         "vring_worker" => Some(Profile::Queue),
-        "control" => Some(Profile::Control),
-        "tables" => Some(Profile::Tables),
-        "signals" => Some(Profile::Signals),
         "addcowd-broker" => Some(Profile::Broker),
-        _ => None,
+        _ => Profile::ALL.into_iter().find(|profile| profile.name() == name),
     }
 }
 

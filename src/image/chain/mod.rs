@@ -18,7 +18,6 @@
 //! writing, and the layers of a disk that is written (`image`).
 
 mod cache;
-mod helper;
 pub mod open;
 pub mod qcow2;
 pub mod qed;

@@ -25,11 +25,11 @@ use imago::qcow2::Qcow2;
 use imago::{ShallowMapping, StorageOpenOptions};
 
 use super::cache::Cache;
-use super::helper::{Helper, guarded};
 use super::{LayerPiece, PieceContent};
 use crate::executor::block_on;
 use crate::format::qcow2::header::PREFIX_LEN;
 use crate::format::qcow2::{Header, Qcow2Error};
+use crate::helper::{Helper, guarded};
 use crate::storage::file::FileStorage;
 use crate::storage::host_file::HostFile;
 use crate::storage::{IoBuffer, transfer};
@@ -71,7 +71,7 @@ impl Shared {
     /// That the host has no thread for us.
     pub fn new() -> io::Result<Self> {
         Ok(Self {
-            helper: Helper::start()?,
+            helper: Helper::start("tables")?,
             regions: Cache::new(REGIONS_BOUND),
             clusters: Cache::new(CLUSTERS_BOUND),
         })
