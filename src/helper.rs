@@ -95,7 +95,7 @@ fn give<T>(slot: &Mutex<Slot<T>>, answer: io::Result<T>) {
 pub fn guarded<T>(work: impl FnOnce() -> T) -> io::Result<T> {
     // What the panic leaves behind is only looked at again through the library's own locks.
     catch_unwind(AssertUnwindSafe(work))
-        .map_err(|_| io::Error::other("the library that was asked has failed an assertion"))
+        .map_err(|_| io::Error::other("the library for this has failed an assertion"))
 }
 
 impl Helper {

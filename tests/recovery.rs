@@ -244,6 +244,35 @@ fn completed_writes_survive_although_the_front_end_has_forgotten_the_region() {
 }
 
 #[test]
+fn a_ring_can_stop_at_any_moment_of_what_another_ring_writes() {
+    // Each stop writes bits of new clusters out, as the other queue makes more of them.
+    let disk = Disk::create(Shape::new(64 * MIB, 4 * KIB).in_memory());
+    let (daemon, mut guest) = recoverable(&disk, &[], Setup::queues(2, 512));
+    let sector = |number: u64| number * 8;
+    for round in 0..64 {
+        for number in 0..100 {
+            let sector = sector(round * 100 + number);
+            let request = Request::write(sector, &pattern(3, sector, SECTOR));
+            guest.submit(1, &request, &Framing::usual(&request));
+        }
+        guest.kick(1);
+        for _ in 0..4 {
+            guest.stop_ring(0);
+            guest.start_ring(0);
+        }
+        for _ in 0..100 {
+            assert_eq!(guest.finish(1).1.status(), OK);
+        }
+    }
+    for number in (0..6400).step_by(97) {
+        let sector = sector(number);
+        assert_bytes(&guest.read(sector, SECTOR), &pattern(3, sector, SECTOR), "a write");
+    }
+    drop(guest);
+    daemon.stop();
+}
+
+#[test]
 fn a_write_cache_that_was_turned_off_stays_off_when_the_front_end_comes_back() {
     let disk = Disk::small();
     let (mut daemon, mut guest) = recoverable(&disk, &[], Setup::default());

@@ -29,7 +29,7 @@ use common::guest::{Guest, Setup};
 use common::request::{OK, Request};
 use common::score::score;
 use common::{MIB, SECTOR, TIMEOUT, assert_bytes, pattern};
-use probe::{End, call, in_child};
+use probe::{End, Made, call, confined, in_child};
 use rustix::process::{Pid, Signal, kill_process};
 use vhost::vhost_user::VhostUserFrontend;
 
@@ -181,26 +181,16 @@ fn each_call_that_is_not_in_a_table_is_stopped() {
             if allowed.contains(&number) {
                 continue;
             }
-            let end = in_child(|| {
-                filters.install().expect("the filters");
-                let errno = call(number, [0; 6]);
-                if allowed.contains(&libc::SYS_exit) {
-                    // Such a thread may end, if not the whole process.
-                    call(libc::SYS_exit, [u64::try_from(errno).unwrap_or(0), 0, 0, 0, 0, 0]);
-                }
-                errno
-            });
+            let made = confined(&filters, number, [0; 6]);
+            let expected = match number {
+                _ if absent.contains(&number) => Made::Returned(libc::ENOSYS),
+                _ => Made::Stopped,
+            };
             // Two calls that the kernel itself puts into programs go past filters, and do nothing
             // for anybody else: uretprobe and uprobe of x86.
             let by_kernel = cfg!(target_arch = "x86_64") && [335, 336].contains(&number);
-            let is_stopped = match end {
-                End::Signal(signal) => {
-                    (signal == libc::SIGSYS && !absent.contains(&number)) || by_kernel
-                }
-                End::Exit(libc::ENOSYS) => absent.contains(&number) || by_kernel,
-                End::Exit(errno) => by_kernel && errno != 0,
-            };
-            assert!(is_stopped, "{}: call {number}: {end:?}", profile.name());
+            let is_harmless = by_kernel && made != Made::Returned(0);
+            assert!(made == expected || is_harmless, "{}: {number}: {made:?}", profile.name());
             count += 1;
         }
     }
@@ -265,12 +255,8 @@ fn allowed_calls_with_other_arguments_are_stopped() {
     for profile in Profile::ALL {
         let filters = Filters::new(profile).expect("filters");
         for (what, number, arguments) in twisted() {
-            // The control thread makes kicks non-blocking or not, whatever their mode was.
-            let end = in_child(|| {
-                filters.install().expect("the filters");
-                call(number, arguments)
-            });
-            assert_eq!(end, End::Signal(libc::SIGSYS), "{}: {what}", profile.name());
+            let made = confined(&filters, number, arguments);
+            assert_eq!(made, Made::Stopped, "{}: {what}", profile.name());
         }
     }
 }
@@ -481,6 +467,13 @@ fn a_base_that_is_cut(disk: &Disk) {
     daemon.stop();
 }
 
+/// The rules of a profile that nobody needed, save for those that are rare.
+fn idle_rules(seen: &trace::Seen, profile: Profile) -> Vec<String> {
+    let rules = seen.idle(profile).into_iter();
+    let idle = rules.filter(|rule| !RARE.iter().any(|rare| rare.is(profile, rule)));
+    idle.map(|rule| format!("{}: {} {:?}", profile.name(), rule.name, rule.checks)).collect()
+}
+
 #[test]
 fn no_rule_is_idle_and_nothing_else_is_asked_for() {
     if Command::new("strace").arg("-V").output().is_err() {
@@ -494,33 +487,34 @@ fn no_rule_is_idle_and_nothing_else_is_asked_for() {
         (Disk::small(), &["--num-queues", "2"][..]),
         (Disk::small(), &["--no-mapping"]),
         (in_memory(), &[]),
-        // A queue that sleeps at once has to be woken by the thread that looks tables up.
-        (over_qcow2(), &["--num-queues", "2", "--poll-us", "0"]),
     ] {
         an_ordinary_life(&disk, options);
         seen.add(&disk.path("trace"));
+    }
+    // The thread that looks tables up has to wake a queue. One that sleeps at once is asleep then,
+    // unless a busy host lets it wait for longer than the look-up takes: then once more.
+    for _ in 0..5 {
+        let disk = over_qcow2();
+        an_ordinary_life(&disk, &["--num-queues", "2", "--poll-us", "0"]);
+        seen.add(&disk.path("trace"));
+        if idle_rules(&seen, Profile::Tables).is_empty() {
+            break;
+        }
     }
     let disk = in_memory();
     a_base_that_is_cut(&disk);
     seen.add(&disk.path("trace"));
     assert!(seen.calls > 1000, "only {} calls were seen", seen.calls);
     assert!(seen.strange.is_empty(), "not in the tables: {:#?}", seen.strange);
-    let mut idle = Vec::new();
+    let idle: Vec<String> =
+        Profile::ALL.into_iter().flat_map(|profile| idle_rules(&seen, profile)).collect();
     for profile in Profile::ALL {
-        for rule in seen.idle(profile) {
-            let is_rare = |r: &&_| {
-                let rare: &addcow::sandbox::profile::Rare = r;
-                rare.profile == profile && rare.name == rule.name
-            };
-            if RARE.iter().find(is_rare).is_none() {
-                idle.push(format!("{}: {} {:?}", profile.name(), rule.name, rule.checks));
-            }
+        // Seldom: `long_lists_grow_without_mremap` makes it happen.
+        let absent = profile.absent_calls().into_iter().filter(|rule| rule.name != "mremap");
+        for name in absent.map(|rule| rule.name) {
+            let is_asked_for = seen.absent.contains(&(profile, name));
+            assert!(is_asked_for, "{} never asks for {name}", profile.name());
         }
-    }
-    for absent in Profile::ALL.iter().flat_map(|profile| profile.absent_calls()) {
-        // Seldom; `long_lists_grow_without_mremap` makes it happen.
-        let is_asked_for = seen.absent.contains(absent.name) || absent.name == "mremap";
-        assert!(is_asked_for, "nobody asks for {}", absent.name);
     }
     let rules: usize = Profile::ALL.iter().map(|profile| profile.own_rules().len()).sum();
     let figures = [("rules", rules), ("rare", RARE.len()), ("idle", idle.len())];

@@ -11,6 +11,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use clap::{Command, CommandFactory, Parser, ValueEnum};
@@ -302,12 +303,17 @@ fn confine(
     Ok(0)
 }
 
-/// Lets the signals, which are blocked, stop the export.
+/// Lets the signals, which are blocked, stop the export. Returns once the thread for them is
+/// confined.
 fn stop_on_signals(signals: SigSet, stop: StopHandle, sandbox: Sandbox) -> io::Result<()> {
+    let (sender, entered) = sync_channel(1);
     let work = move || {
-        if let Err(error) = sandbox.enter(Profile::Signals) {
-            log::error!("sandbox: the signals thread is not confined: {error}");
-            return stop.stop();
+        let result = sandbox.enter(Profile::Signals);
+        let is_confined = result.is_ok();
+        // Who waits for it is there.
+        let _ = sender.send(result);
+        if !is_confined {
+            return;
         }
         loop {
             match signals.wait() {
@@ -319,7 +325,7 @@ fn stop_on_signals(signals: SigSet, stop: StopHandle, sandbox: Sandbox) -> io::R
         }
     };
     std::thread::Builder::new().name("signals".into()).spawn(work)?;
-    Ok(())
+    entered.recv().map_err(io::Error::other)?
 }
 
 /// The socket that front ends use.

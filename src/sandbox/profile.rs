@@ -2,8 +2,8 @@
 //!
 //! A rule names a system call and perhaps values that some of its arguments must have. What is not
 //! in a thread's table ends the process, save for a few calls that are answered as if the kernel
-//! did not have them. `tests/sandbox.rs` holds both sides of it: every rule
-//! here is needed by that kind of thread, and everything that it does is here.
+//! did not have them. `tests/sandbox.rs` holds both sides of it: every rule here is needed by that
+//! kind of thread, and everything that it does is here.
 //!
 //! A thread is born with the rules of the one that starts it, and gives up what it does not need as
 //! the first thing that it does. So a spawner has the rules of the threads that it starts besides
@@ -147,50 +147,92 @@ pub struct Rare {
     pub profile: Profile,
     /// The call.
     pub name: &'static str,
+    /// The value of the first argument that is checked, if only that one is rare.
+    pub value: Option<u32>,
     /// When it happens.
     pub when: &'static str,
 }
 
+impl Rare {
+    /// Whether a rule of `profile` is this one.
+    #[must_use]
+    pub fn is(&self, profile: Profile, rule: &Rule) -> bool {
+        let value = rule.checks.first().map(|check| check.value);
+        self.profile == profile
+            && self.name == rule.name
+            && (self.value.is_none() || self.value == value)
+    }
+}
+
+/// A rare rule, whatever its arguments.
+const fn rare(profile: Profile, name: &'static str, when: &'static str) -> Rare {
+    Rare { profile, name, value: None, when }
+}
+
+/// An advice on memory that is rarely given.
+const fn rare_advice(profile: Profile, advice: u32, when: &'static str) -> Rare {
+    Rare { profile, name: "madvise", value: Some(advice), when }
+}
+
+/// No clock without a call.
+const NO_VDSO: &str = "the kernel's clock cannot be read without a call";
+
+/// More memory.
+const MEMORY: &str = "the memory of the process is used up";
+
+/// Huge pages for lists.
+const HUGE: &str = "glibc asks for huge pages: it was told to, or takes that for better";
+
+/// No huge pages for stacks.
+const NOT_HUGE: &str = "glibc was told to have no huge pages in stacks";
+
+/// Guarded stacks.
+const GUARD: &str = "a C library of 2025 guards the stacks of threads with it";
+
+/// The end of the tables thread.
+const CLOSED: &str = "the disk is closed before the process has ended";
+
 /// All of them.
 pub const RARE: &[Rare] = &[
-    rare(Profile::Queue, "clock_gettime", "the kernel's clock cannot be read without a call"),
-    rare(Profile::Control, "clock_gettime", "the kernel's clock cannot be read without a call"),
-    rare(Profile::Queue, "madvise", "glibc was told to ask for huge pages"),
-    rare(Profile::Control, "madvise", "glibc was told to ask for huge pages"),
+    rare(Profile::Main, "sched_yield", "a ring stops while another marks clusters"),
+    rare(Profile::Main, "shutdown", "another process connects to the private socket"),
+    rare(Profile::Main, "clock_gettime", NO_VDSO),
+    rare(Profile::Main, "brk", MEMORY),
+    rare_advice(Profile::Main, MADV_HUGEPAGE, HUGE),
+    rare(Profile::QueueSpawner, "brk", MEMORY),
+    rare_advice(Profile::QueueSpawner, MADV_GUARD_INSTALL, GUARD),
+    rare_advice(Profile::QueueSpawner, MADV_GUARD_REMOVE, GUARD),
+    rare_advice(Profile::QueueSpawner, MADV_NOHUGEPAGE, NOT_HUGE),
+    rare(Profile::ControlSpawner, "brk", MEMORY),
+    rare_advice(Profile::ControlSpawner, MADV_GUARD_INSTALL, GUARD),
+    rare_advice(Profile::ControlSpawner, MADV_GUARD_REMOVE, GUARD),
+    rare_advice(Profile::ControlSpawner, MADV_NOHUGEPAGE, NOT_HUGE),
+    rare(Profile::Control, "clock_gettime", NO_VDSO),
+    rare(Profile::Control, "rt_sigreturn", "a front end cuts a ring and then says where it lies"),
+    rare(Profile::Control, "brk", MEMORY),
+    rare_advice(Profile::Control, MADV_HUGEPAGE, HUGE),
+    rare(Profile::Queue, "clock_gettime", NO_VDSO),
     rare(Profile::Queue, "sched_yield", "a flush meets a write that is about to mark its clusters"),
-    rare(Profile::Tables, "mmap", "a large compressed cluster is inflated"),
+    rare(Profile::Queue, "brk", MEMORY),
+    rare_advice(Profile::Queue, MADV_HUGEPAGE, HUGE),
     #[cfg(debug_assertions)]
     rare(Profile::Queue, "fcntl", "a queue is the last to use a descriptor of the front end's"),
-    rare(Profile::Tables, "munmap", "the disk is closed before the process has ended"),
-    rare(Profile::Tables, "madvise", "the disk is closed before the process has ended"),
-    rare(Profile::Tables, "rt_sigprocmask", "the disk is closed before the process has ended"),
-    rare(Profile::Tables, "sigaltstack", "the disk is closed before the process has ended"),
-    rare(Profile::Tables, "exit", "the disk is closed before the process has ended"),
+    rare(Profile::Tables, "mmap", "a large compressed cluster is inflated"),
+    rare(Profile::Tables, "close", "a queue has gone before it was woken"),
+    #[cfg(debug_assertions)]
+    rare(Profile::Tables, "fcntl", "a queue has gone before it was woken"),
+    rare(Profile::Tables, "brk", MEMORY),
+    rare_advice(Profile::Tables, MADV_HUGEPAGE, HUGE),
+    rare(Profile::Tables, "munmap", CLOSED),
+    rare_advice(Profile::Tables, MADV_DONTNEED, CLOSED),
+    rare(Profile::Tables, "rt_sigprocmask", CLOSED),
+    rare(Profile::Tables, "sigaltstack", CLOSED),
+    rare(Profile::Tables, "exit", CLOSED),
     rare(Profile::Signals, "futex", "two threads write to the log at once"),
-    rare(Profile::Signals, "brk", "the memory of the process is used up"),
-    rare(Profile::Signals, "mmap", "the memory of the process is used up"),
-    rare(Profile::Control, "rt_sigreturn", "a front end cuts a ring and then says where it lies"),
-    rare(Profile::Control, "brk", "the memory of the process is used up"),
-    rare(Profile::Queue, "brk", "the memory of the process is used up"),
-    rare(Profile::Tables, "brk", "the memory of the process is used up"),
-    rare(Profile::Main, "clock_gettime", "the kernel's clock cannot be read without a call"),
-    rare(Profile::Main, "madvise", "glibc was told to ask for huge pages"),
-    rare(Profile::Main, "shutdown", "another process connects to the private socket"),
-    rare(Profile::Main, "brk", "the memory of the process is used up"),
-    rare(Profile::QueueSpawner, "madvise", "a C library of 2025 guards stacks of threads with it"),
-    rare(
-        Profile::ControlSpawner,
-        "madvise",
-        "a C library of 2025 guards stacks of threads with it",
-    ),
-    rare(Profile::QueueSpawner, "brk", "the memory of the process is used up"),
-    rare(Profile::ControlSpawner, "brk", "the memory of the process is used up"),
+    rare(Profile::Signals, "brk", MEMORY),
+    rare(Profile::Signals, "mmap", MEMORY),
+    rare_advice(Profile::Signals, MADV_HUGEPAGE, HUGE),
 ];
-
-/// A rare rule.
-const fn rare(profile: Profile, name: &'static str, when: &'static str) -> Rare {
-    Rare { profile, name, when }
-}
 
 /// All bits of an argument.
 const ALL: u32 = u32::MAX;
@@ -253,6 +295,15 @@ const F_ADD_SEALS: u32 = bits(libc::F_ADD_SEALS);
 /// `F_GET_SEALS`.
 const F_GET_SEALS: u32 = bits(libc::F_GET_SEALS);
 
+/// Gives pages back.
+const MADV_DONTNEED: u32 = bits(libc::MADV_DONTNEED);
+
+/// Asks for huge pages.
+const MADV_HUGEPAGE: u32 = bits(libc::MADV_HUGEPAGE);
+
+/// Asks for none.
+const MADV_NOHUGEPAGE: u32 = bits(libc::MADV_NOHUGEPAGE);
+
 /// Makes pages of a stack raise a fault, as glibc 2.42 does it.
 const MADV_GUARD_INSTALL: u32 = 102;
 
@@ -263,10 +314,10 @@ const MADV_GUARD_REMOVE: u32 = 103;
 const SECCOMP_FILTER: u32 = 1;
 
 /// Waiting for several descriptors, as the C library does it on this machine.
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(target_env = "musl")))]
 const EPOLL_WAIT: Rule = call!(epoll_wait: SYS_epoll_wait);
 /// Waiting for several descriptors, as the C library does it on this machine.
-#[cfg(not(target_arch = "x86_64"))]
+#[cfg(not(all(target_arch = "x86_64", not(target_env = "musl"))))]
 const EPOLL_WAIT: Rule = call!(epoll_pwait: SYS_epoll_pwait);
 
 /// Without optimisation the standard library looks whether a descriptor is open before it closes
@@ -324,8 +375,9 @@ const MAIN: &[Rule] = &[
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_HUGEPAGE),
     call!(futex: SYS_futex),
+    call!(sched_yield: SYS_sched_yield),
     call!(clock_gettime: SYS_clock_gettime),
     call!(sigaltstack: SYS_sigaltstack),
     call!(exit_group: SYS_exit_group),
@@ -341,6 +393,7 @@ macro_rules! spawner {
             call!(mprotect: SYS_mprotect, 2 & EXECUTABLE => 0),
             call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_INSTALL),
             call!(madvise: SYS_madvise, 2 & ALL => MADV_GUARD_REMOVE),
+            call!(madvise: SYS_madvise, 2 & ALL => MADV_NOHUGEPAGE),
             call!(clone: SYS_clone, 0 & (ALL ^ bits(libc::CLONE_DETACHED)) => THREAD_FLAGS),
             call!(rt_sigprocmask: SYS_rt_sigprocmask),
             call!(rseq: SYS_rseq),
@@ -391,8 +444,8 @@ const CONTROL: &[Rule] = &[
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_DONTNEED),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_HUGEPAGE),
     call!(futex: SYS_futex),
     call!(clock_gettime: SYS_clock_gettime),
     call!(rt_sigreturn: SYS_rt_sigreturn),
@@ -423,8 +476,8 @@ const QUEUE: &[Rule] = &[
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
     call!(mincore: SYS_mincore),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_DONTNEED),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_HUGEPAGE),
     call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_POPULATE_READ)),
     call!(prctl: SYS_prctl, 0 & ALL => bits(libc::PR_SET_NAME)),
     call!(futex: SYS_futex),
@@ -442,12 +495,15 @@ const TABLES: &[Rule] = &[
     call!(futex: SYS_futex),
     call!(preadv: SYS_preadv),
     call!(write: SYS_write),
+    call!(close: SYS_close),
+    #[cfg(debug_assertions)]
+    CLOSE_CHECK,
     call!(getrandom: SYS_getrandom),
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
     call!(munmap: SYS_munmap),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_DONTNEED)),
-    call!(madvise: SYS_madvise, 2 & ALL => bits(libc::MADV_HUGEPAGE)),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_DONTNEED),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_HUGEPAGE),
     call!(rt_sigprocmask: SYS_rt_sigprocmask),
     call!(sigaltstack: SYS_sigaltstack),
     call!(exit: SYS_exit),
@@ -460,6 +516,7 @@ const SIGNALS: &[Rule] = &[
     call!(futex: SYS_futex),
     call!(brk: SYS_brk),
     call!(mmap: SYS_mmap, 2 & EXECUTABLE => 0),
+    call!(madvise: SYS_madvise, 2 & ALL => MADV_HUGEPAGE),
 ];
 
 /// The process that makes sockets.

@@ -6,7 +6,8 @@
 //! marked. Whoever copies to or from such a range asks [`FaultGuard::has_faulted`] *afterwards*,
 //! and takes what was copied for nothing if it has.
 //!
-//! A SIGBUS anywhere else does what it did before.
+//! A SIGBUS anywhere else does what it did before; in a confined thread it ends the process, too,
+//! but as a forbidden system call (SIGSYS).
 //!
 //! Not here: what is mapped, and what to do instead (`mapping`).
 #![expect(unsafe_code, reason = "a signal handler, which maps a page over the missing one")]

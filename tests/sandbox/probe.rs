@@ -1,6 +1,10 @@
 //! Calls of the kernel made by a child process that does nothing else, and what became of it.
 #![expect(unsafe_code, reason = "fork(2), and system calls by number")]
 
+use std::os::fd::AsRawFd;
+
+use addcow::sandbox::filter::Filters;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 /// How a child ended.
@@ -34,6 +38,38 @@ pub fn in_child(work: impl FnOnce() -> i32) -> End {
         End::Signal(libc::WTERMSIG(status))
     } else {
         End::Exit(libc::WEXITSTATUS(status))
+    }
+}
+
+/// What became of a call under filters.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Made {
+    /// The process ended with SIGSYS, and did not come to the next instruction.
+    Stopped,
+    /// It returned, with this errno or 0.
+    Returned(i32),
+    /// Something else.
+    Ended(End),
+}
+
+/// Makes a call under filters, in a child. Every profile may write or end the process: that it has
+/// come so far shows that the call was not stopped, whatever ends it afterwards.
+pub fn confined(filters: &Filters, number: i64, arguments: [u64; 6]) -> Made {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK).expect("a pipe");
+    let end = in_child(|| {
+        filters.install().expect("the filters");
+        let errno = call(number, arguments);
+        let bytes = errno.to_ne_bytes();
+        let fd = u64::try_from(writer.as_raw_fd()).unwrap_or_default();
+        call(libc::SYS_write, [fd, bytes.as_ptr().addr() as u64, 4, 0, 0, 0]);
+        errno
+    });
+    let mut bytes = [0; 4];
+    match (rustix::io::read(&reader, &mut bytes), end) {
+        (Ok(4), _) => Made::Returned(i32::from_ne_bytes(bytes)),
+        (_, End::Signal(libc::SIGSYS)) => Made::Stopped,
+        (_, End::Exit(errno)) => Made::Returned(errno),
+        _ => Made::Ended(end),
     }
 }
 

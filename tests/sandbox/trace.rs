@@ -64,6 +64,9 @@ fn kinds(text: &str) -> Vec<Profile> {
             kinds[index] = kind;
         }
     }
+    // Nobody else ends before it has said what it is: what such a thread did would not be seen.
+    let nameless = kinds.iter().filter(|kind| **kind == Profile::Main).count();
+    assert_eq!(nameless, 1, "threads without a name");
     kinds
 }
 
@@ -81,7 +84,7 @@ pub struct Seen {
     /// Calls that no rule of the thread's profile allows, with the profile.
     pub strange: BTreeMap<String, Profile>,
     /// Calls that were answered as if the kernel did not have them.
-    pub absent: BTreeSet<&'static str>,
+    pub absent: BTreeSet<(Profile, &'static str)>,
     /// How many calls of confined threads were looked at.
     pub calls: u64,
 }
@@ -123,7 +126,7 @@ impl Seen {
     fn call(&mut self, thread: Thread, name: &str, arguments: &[u64], line: &str) {
         let Some(profile) = thread.profile() else { return };
         if let Some(absent) = profile.absent_calls().iter().find(|absent| absent.name == name) {
-            self.absent.insert(absent.name);
+            self.absent.insert((profile, absent.name));
             return;
         }
         self.calls += 1;
