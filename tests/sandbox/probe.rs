@@ -59,14 +59,14 @@ pub fn confined(filters: &Filters, number: i64, arguments: [u64; 6]) -> Made {
     let end = in_child(|| {
         filters.install().expect("the filters");
         let errno = call(number, arguments);
-        let bytes = errno.to_ne_bytes();
+        let bytes = errno.to_le_bytes();
         let fd = u64::try_from(writer.as_raw_fd()).unwrap_or_default();
         call(libc::SYS_write, [fd, bytes.as_ptr().addr() as u64, 4, 0, 0, 0]);
         errno
     });
     let mut bytes = [0; 4];
     match (rustix::io::read(&reader, &mut bytes), end) {
-        (Ok(4), _) => Made::Returned(i32::from_ne_bytes(bytes)),
+        (Ok(4), _) => Made::Returned(i32::from_le_bytes(bytes)),
         (_, End::Signal(libc::SIGSYS)) => Made::Stopped,
         (_, End::Exit(errno)) => Made::Returned(errno),
         _ => Made::Ended(end),
