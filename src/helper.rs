@@ -59,6 +59,18 @@ impl Desk {
         self.orders.lock().expect("no panic while held")
     }
 
+    /// Leaves a piece of work. Being told is a system call, and the thread waits only if nothing is
+    /// left: whoever left the first piece has told it.
+    fn leave(&self, work: Work) {
+        let mut orders = self.orders();
+        let was_empty = orders.work.is_empty();
+        orders.work.push_back(work);
+        drop(orders);
+        if was_empty {
+            self.changed.notify_one();
+        }
+    }
+
     /// Waits for the next piece of work; `None` at the end.
     fn next(&self) -> Option<Work> {
         let is_idle = |orders: &mut Orders| orders.work.is_empty() && !orders.closed;
@@ -125,8 +137,7 @@ impl Helper {
     ) -> io::Result<T> {
         let slot = Arc::new(Mutex::new(Slot { answer: None, waker: None }));
         let theirs = Arc::clone(&slot);
-        self.desk.orders().work.push_back(Box::new(move || give(&theirs, guarded(work))));
-        self.desk.changed.notify_one();
+        self.desk.leave(Box::new(move || give(&theirs, guarded(work))));
         std::future::poll_fn(|context| {
             let mut slot = slot.lock().expect("no panic while held");
             if let Some(answer) = slot.answer.take() {
@@ -181,11 +192,15 @@ mod tests {
         let mut waiting = Box::pin(helper.run(move || released.recv().is_ok()));
         let mut context = Context::from_waker(Waker::noop());
         assert!(waiting.as_mut().poll(&mut context).is_pending(), "the work has not ended");
-        // Its own thread goes on; a request that is given up leaves the others alone.
-        let given_up = helper.run(|| ());
-        drop(given_up);
+        // Its own thread goes on and asks for more; a request that is given up leaves the others
+        // alone.
+        let mut asked: Vec<_> = (0..3).map(|number| Box::pin(helper.run(move || number))).collect();
+        asked.iter_mut().for_each(|next| assert!(next.as_mut().poll(&mut context).is_pending()));
+        drop(asked.remove(1));
         release.send(()).unwrap();
         assert!(block_on(waiting).unwrap());
+        let answers: Vec<i32> = asked.into_iter().map(|next| block_on(next).unwrap()).collect();
+        assert_eq!(answers, [0, 2]);
     }
 
     #[test]

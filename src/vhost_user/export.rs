@@ -292,8 +292,8 @@ impl Export {
         // listener.
         let mut fds = [PollFd::new(&ours, PollFlags::IN)];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let stranger = poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
-        if stranger == 0 {
+        let ended = poll(&mut fds, Some(&now)).map_err(failed(ACTION))?;
+        if ended == 0 {
             return Ok((daemon, ours));
         }
         daemon.request_shutdown();
